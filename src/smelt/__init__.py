@@ -1,0 +1,1 @@
+"""smelt: mixture-of-experts language models, made small."""
