@@ -1,0 +1,111 @@
+"""What in a checkpoint depends on the number of experts, read off transformers' own classes.
+
+The model is built a second time with twice the experts: whatever changes shape has an expert axis
+(router rows, router bias, selection bias), so no family needs a list of such tensors.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig
+
+from smelt.checkpoint import skeleton
+from smelt.checkpoint.bind import MoeLayer, expert_axes, find_layers, set_num_experts
+from smelt.checkpoint.source import Checkpoint
+from smelt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The MoE layers of a checkpoint and the tensors that belong to them."""
+
+    layers: list[MoeLayer]
+    experts: dict[str, list[str]]  # by layer: state names of its experts
+    axes: dict[str, dict[str, int]]  # by layer: other tensors with an expert axis, and the axis
+    mtp_keys: list[str] = field(default_factory=list)  # multi-token-prediction keys with experts
+
+    def layers_of(self, block: str) -> list[MoeLayer]:
+        return [layer for layer in self.layers if layer.block == block]
+
+
+def dissect(checkpoint: Checkpoint) -> Anatomy:
+    """The anatomy of a checkpoint, from its skeleton and one of twice the experts.
+
+    Raises:
+        CheckpointError: no experts, or a family whose expert count smelt cannot change.
+    """
+    layers = find_layers(checkpoint.model)
+    experts = {
+        layer.name: [n for n in checkpoint.layout if n.startswith(layer.experts + ".")]
+        for layer in layers
+    }
+    axes = {layer.name: {} for layer in layers}
+    for name, axis in _axes(checkpoint, layers).items():
+        if any(name.startswith(layer.experts + ".") for layer in layers):
+            continue
+        owner = max(
+            (layer for layer in layers if name.startswith(layer.name + ".")),
+            key=lambda layer: len(layer.name),
+            default=None,
+        )
+        if owner is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name} has a row per expert but lies outside every MoE "
+                "layer. docs/add-a-family.md says how such a family is added."
+            )
+        axes[owner.name][name] = axis
+    return Anatomy(layers, experts, axes, _mtp_keys(checkpoint))
+
+
+def _axes(checkpoint: Checkpoint, layers: list[MoeLayer]) -> dict[str, int]:
+    count = layers[0].num_experts
+    odd = next((layer for layer in layers if layer.num_experts != count), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {odd.name} has {odd.num_experts} experts, {layers[0].name} has "
+            f"{count}. smelt reads families with one expert count for all layers."
+        )
+    doubled = skeleton.build(
+        checkpoint.cls, resized(checkpoint.config, count, 2 * count), checkpoint.dtype
+    )
+    if any(layer.num_experts != 2 * count for layer in find_layers(doubled)):
+        raise CheckpointError(
+            f"{checkpoint.folder}: no configuration field of family "
+            f"{checkpoint.config.model_type!r} is known to set its {count} experts. "
+            "docs/add-a-family.md says how one is named."
+        )
+    return expert_axes(checkpoint.state, dict(doubled.state_dict()))
+
+
+def resized(config: PreTrainedConfig, before: int, after: int) -> PreTrainedConfig:
+    """The configuration with `after` experts per layer."""
+    return set_num_experts(config, before, after)
+
+
+def _mtp_keys(checkpoint: Checkpoint) -> list[str]:
+    """Keys of layers that transformers does not build and that hold experts of their own."""
+    prefixes = set()
+    for key in checkpoint.extra_keys:
+        if ".experts." in key:
+            match = re.match(r"(.*?layers\.\d+\.|.*?mtp\.)", key)
+            prefixes.add("mtp." if key.startswith("mtp.") else match[1] if match else key)
+    return [k for k in checkpoint.extra_keys if any(k.startswith(p) for p in prefixes)]
+
+
+def num_params(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """Parameters under these state names, tied ones counted once."""
+    stored = {checkpoint.stored_name(n) for n in names} - {None}
+    return sum(math.prod(checkpoint.state[n].shape) for n in stored if n is not None)
+
+
+def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """Bytes that these tensors take on disk when written unquantised in their own types."""
+    stored = {checkpoint.stored_name(n) for n in names} - {None}
+    total = 0
+    for name in stored:
+        assert name is not None
+        key = checkpoint.layout[name].all_keys()[0]
+        total += math.prod(checkpoint.state[name].shape) * checkpoint.tensors[key].dtype.itemsize
+    return total

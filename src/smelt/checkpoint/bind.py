@@ -1,0 +1,258 @@
+"""Experts modules as values: found by their own flags, read as an ExpertBank, written back.
+
+transformers gives every experts module the same contract and flags that say how it differs
+(gated, biased, transposed, interleaved). Switch keeps one module per expert; both kinds are bound
+here, and nothing outside this module asks which it is.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from smelt.checkpoint.families import COUNT_FIELDS, NOT_COVERED, TOP_K_FIELDS
+from smelt.checkpoint.skeleton import outermost_blocks
+from smelt.errors import CheckpointError
+from smelt.experts import ExpertBank
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a model: where it is and what its modules say of it."""
+
+    name: str  # the module that holds router and experts
+    experts: str  # the experts module
+    block: str  # the repeated block it lies in
+    num_experts: int  # E, what the router chooses from
+    num_stored: int  # experts there are weights for: E, or fewer in a mapped checkpoint
+    top_k: int
+    n_group: int  # router groups of group-limited routing; 1: none
+    topk_group: int
+    router: str | None  # the module that scores the experts
+    is_softmax: bool  # else sigmoid scores
+
+
+def is_common(module: nn.Module) -> bool:
+    """Whether a module follows transformers' experts contract."""
+    return hasattr(module, "is_transposed") and isinstance(
+        getattr(module, "down_proj", None), nn.Parameter
+    )
+
+
+def is_module_dict(module: nn.Module) -> bool:
+    """Whether a module keeps its experts as expert_0 … with an up and a down matrix (Switch)."""
+    if not isinstance(module, nn.ModuleDict) or "expert_0" not in module:
+        return False
+    return hasattr(module["expert_0"], "wi") and hasattr(module["expert_0"], "wo")
+
+
+def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
+    """The MoE layers of a model in the order of its modules.
+
+    Raises:
+        CheckpointError: there are none: not an MoE, or a family that is not covered.
+    """
+    blocks = outermost_blocks(model)
+    layers = [
+        _describe(model, path, module, blocks)
+        for path, module in model.named_modules()
+        if is_common(module) or is_module_dict(module)
+    ]
+    if not layers:
+        kind = model.config.model_type
+        if kind in NOT_COVERED:
+            raise CheckpointError(
+                f"Family {kind!r} is not covered: {NOT_COVERED[kind]}. docs/add-a-family.md says "
+                "how a family is added."
+            )
+        counts = [getattr(model.config.get_text_config(), n, None) for n in COUNT_FIELDS]
+        if any(isinstance(n, int) and n > 1 for n in counts):
+            raise CheckpointError(
+                f"Family {kind!r} has experts, but none that follow transformers' experts contract. "
+                "docs/add-a-family.md says how such a family is added."
+            )
+        raise CheckpointError(
+            f"Family {kind!r}: this model has no experts, so there is nothing to merge. smelt "
+            "compresses mixture-of-experts models."
+        )
+    return layers
+
+
+def _describe(
+    model: PreTrainedModel, path: str, module: nn.Module, blocks: Mapping[str, nn.Module]
+) -> MoeLayer:
+    parent = path.rpartition(".")[0]
+    block = next((b for b in blocks if parent == b or parent.startswith(b + ".")), parent)
+    stored = int(module.num_experts)  # type: ignore[arg-type]
+    expert_map = getattr(module, "expert_map", None)
+    num_experts = stored if expert_map is None else expert_map.shape[0]
+    config = model.config.get_text_config()
+    router = _find_router(model.get_submodule(parent), path.rpartition(".")[2], num_experts)
+    scorer = model.get_submodule(f"{parent}.{router}") if router else None
+    return MoeLayer(
+        name=parent,
+        experts=path,
+        block=block,
+        num_experts=num_experts,
+        num_stored=stored,
+        top_k=1 if is_module_dict(module) else _top_k(config, scorer),
+        n_group=_positive(config, "n_group"),
+        topk_group=_positive(config, "topk_group"),
+        router=f"{parent}.{router}" if router else None,
+        is_softmax=not _is_sigmoid(config, scorer),
+    )
+
+
+def _positive(config: PreTrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+def _top_k(config: PreTrainedConfig, scorer: nn.Module | None) -> int:
+    own = getattr(scorer, "top_k", None)
+    found = [own] + [getattr(config, name, None) for name in TOP_K_FIELDS]
+    return next((k for k in found if isinstance(k, int) and k > 0), 1)
+
+
+def _is_sigmoid(config: PreTrainedConfig, scorer: nn.Module | None) -> bool:
+    function = getattr(config, "scoring_func", None) or getattr(config, "moe_router_activation", "")
+    return function == "sigmoid" or hasattr(scorer, "e_score_correction_bias")
+
+
+def _find_router(parent: nn.Module, experts: str, num_experts: int) -> str | None:
+    """The child that scores the experts: one with a matrix of a row per expert."""
+    candidates = [
+        name
+        for name, child in parent.named_children()
+        if name != experts
+        and "shared" not in name
+        and any(p.dim() == 2 and p.shape[0] == num_experts for p in child.parameters())
+    ]
+    named = [n for n in candidates if n in ("gate", "router")]
+    return next(iter(named or candidates), None)
+
+
+def set_num_experts(config: PreTrainedConfig, before: int, after: int) -> PreTrainedConfig:
+    """A copy of the configuration with `after` experts per layer, wherever it said `before`."""
+    config = copy.deepcopy(config)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        fields = [n for n in COUNT_FIELDS if getattr(part, n, None) == before]
+        for name in fields:
+            setattr(part, name, after)
+    return config
+
+
+def expert_axes(state: Mapping[str, Tensor], doubled: Mapping[str, Tensor]) -> dict[str, int]:
+    """Tensors that have an expert axis, and which: read off the same model with twice the experts."""
+    axes = {}
+    for name, tensor in state.items():
+        if name in doubled and doubled[name].shape != tensor.shape:
+            pairs = list(zip(tensor.shape, doubled[name].shape, strict=True))
+            axes[name] = next(i for i, (n, m) in enumerate(pairs) if n != m)
+    return axes
+
+
+def activation_of(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """The module's own activation as `(gate, up) -> hidden`."""
+    if is_module_dict(module):
+        act = module.get_submodule("expert_0").act
+        return lambda gate, up: act(up)  # type: ignore[operator,no-any-return]
+    if not module.has_gate:
+        return lambda gate, up: module.act_fn(up)  # type: ignore[operator,no-any-return]
+
+    def apply(gate: Tensor | None, up: Tensor) -> Tensor:
+        assert gate is not None
+        parts = [gate, up]
+        joined = torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2)
+        return module._apply_gate(joined)  # type: ignore[operator,no-any-return]
+
+    return apply
+
+
+def read_bank(module: nn.Module, path: str, read: Callable[[str], Tensor]) -> ExpertBank:
+    """The experts of a module as a bank in [out, in] orientation; views of what `read` gives."""
+    activation = activation_of(module)
+    if is_module_dict(module):
+        count: int = module.num_experts  # type: ignore[assignment]
+        ups = torch.stack([read(f"{path}.expert_{i}.wi.weight") for i in range(count)])
+        downs = torch.stack([read(f"{path}.expert_{i}.wo.weight") for i in range(count)])
+        return ExpertBank(up=ups, down=downs, activation=activation)
+
+    def oriented(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2) if module.is_transposed else tensor
+
+    down = oriented(read(f"{path}.down_proj"))
+    down_bias = read(f"{path}.down_proj_bias") if module.has_bias else None
+    if not module.has_gate:
+        up_bias = read(f"{path}.up_proj_bias") if module.has_bias else None
+        up = oriented(read(f"{path}.up_proj"))
+        return ExpertBank(
+            up=up, down=down, up_bias=up_bias, down_bias=down_bias, activation=activation
+        )
+    gate, up = _split(module, oriented(read(f"{path}.gate_up_proj")))
+    biases = read(f"{path}.gate_up_proj_bias") if module.has_bias else None
+    gate_bias, up_bias = (None, None) if biases is None else _split(module, biases)
+    return ExpertBank(up, down, gate, up_bias, gate_bias, down_bias, activation)
+
+
+def _split(module: nn.Module, joined: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up out of one tensor whose axis 1 holds both."""
+    if module.is_concatenated:
+        half = joined.shape[1] // 2
+        return joined[:, :half], joined[:, half:]
+    return joined[:, 0::2], joined[:, 1::2]
+
+
+def write_bank(module: nn.Module, path: str, bank: ExpertBank) -> dict[str, Tensor]:
+    """The inverse of `read_bank`: the module's parameters by name, contiguous."""
+    if is_module_dict(module):
+        ups = {f"{path}.expert_{i}.wi.weight": t for i, t in enumerate(bank.up)}
+        return ups | {f"{path}.expert_{i}.wo.weight": t for i, t in enumerate(bank.down)}
+
+    def oriented(tensor: Tensor) -> Tensor:
+        return tensor.transpose(1, 2).contiguous() if module.is_transposed else tensor.contiguous()
+
+    named: dict[str, Tensor | None] = {
+        "down_proj": oriented(bank.down),
+        "down_proj_bias": bank.down_bias,
+    }
+    if bank.gate is None:
+        named |= {"up_proj": oriented(bank.up), "up_proj_bias": bank.up_bias}
+    else:
+        named["gate_up_proj"] = oriented(_join(module, bank.gate, bank.up))
+        if bank.gate_bias is not None and bank.up_bias is not None:
+            named["gate_up_proj_bias"] = _join(module, bank.gate_bias, bank.up_bias)
+    return {f"{path}.{name}": tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _join(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    if module.is_concatenated:
+        return torch.cat([gate, up], 1)
+    return torch.stack([gate, up], 2).flatten(1, 2)
+
+
+def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
+    """f(e, x): what expert e of a module with weights makes of tokens x, before routing weights."""
+    if is_module_dict(module):
+        return lambda e, x: module.get_submodule(f"expert_{e}")(x)  # type: ignore[no-any-return]
+    m: Any = module
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None, e: int) -> Tensor:
+        matrix = weight[e].T if m.is_transposed else weight[e]
+        return linear(x, matrix, None if bias is None else bias[e])
+
+    def run(e: int, x: Tensor) -> Tensor:
+        if m.has_gate:
+            bias = m.gate_up_proj_bias if m.has_bias else None
+            h = m._apply_gate(project(x, m.gate_up_proj, bias, e))
+        else:
+            h = m.act_fn(project(x, m.up_proj, m.up_proj_bias if m.has_bias else None, e))
+        y = project(h, m.down_proj, m.down_proj_bias if m.has_bias else None, e)
+        return m.post_expert_norm(y) if m.has_post_expert_norm else y
+
+    return run

@@ -1,0 +1,28 @@
+"""What cannot be read off transformers' modules: a few names, as data. Parity tests hold it true."""
+
+COUNT_FIELDS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_routed_experts",
+)
+"""Configuration fields that say how many experts a layer has; aliases resolve to one of them."""
+
+TOP_K_FIELDS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_selected_experts")
+"""Configuration fields that say how many experts a token uses."""
+
+MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Fields that count multi-token-prediction layers; set to 0 when those layers are dropped."""
+
+NOT_COVERED = {
+    "llama4": "its router scales the expert's input",
+    "llama4_text": "its router scales the expert's input",
+    "dbrx": "its experts lie flat in one matrix",
+    "jetmoe": "its attention has experts too",
+    "longcat_flash": "it has identity experts that cannot merge",
+    "nllb-moe": "its experts have layouts of their own",
+    "doge": "its experts are product-key embeddings",
+    "step3p7": "its experts lie outside the common contract",
+}
+"""Families with experts that smelt does not read yet, and why."""

@@ -1,0 +1,162 @@
+"""Loads checkpoints in smelt's mapped form: fewer stored experts behind an unchanged router.
+
+This file is self-contained (torch and transformers only). A copy lies beside the weights of every
+mapped checkpoint, so that `from_pretrained(folder, trust_remote_code=True)` works without smelt;
+with smelt installed, `import smelt` is enough.
+
+A mapped layer stores G experts and `expert_map[E]`. A token that chose expert e is served by stored
+expert `expert_map[e]`; two choices of one token that fall together run once, with their weights
+summed. Licensed under Apache-2.0, as smelt is.
+"""
+
+import os
+import shutil
+import sys
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+FILE_NAME = "modeling_smelt_mapped.py"
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+
+
+class SmeltMappedConfig(PreTrainedConfig):
+    """The base family's configuration with three fields more.
+
+    base_model_type: the family's own model type.
+    base_architecture: the family's own model class.
+    mapped_experts: stored experts G of each mapped experts module, by its name.
+    """
+
+    model_type = "smelt_mapped"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "base_model_type" in config_dict and cls is SmeltMappedConfig:
+            found = config_class(config_dict["base_model_type"])
+            # The Auto classes refuse a model class that names another configuration class.
+            SmeltMappedModel.config_class = found
+            return found.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
+
+def config_class(base_model_type: str) -> type[SmeltMappedConfig]:
+    """The base family's configuration class, with model type "smelt_mapped"."""
+    base = CONFIG_MAPPING[base_model_type]
+    return _define(f"SmeltMapped{base.__name__}", (SmeltMappedConfig, base), {"_auto_class": None})
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The base family's model class with its mapped experts; registered with the Auto classes."""
+    base = getattr(transformers, config.base_architecture)
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        super(cls, self).__init__(config, *args, **kwargs)
+        for name, num_stored in config.mapped_experts.items():
+            map_experts(self.get_submodule(name), num_stored)
+
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        super(cls, self).save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(__file__, os.path.join(save_directory, FILE_NAME))
+
+    members = {
+        "__init__": __init__,
+        "save_pretrained": save_pretrained,
+        "config_class": type(config),
+        "_auto_class": None,
+    }
+    cls: Any = _define(f"SmeltMapped{base.__name__}", (base,), members)
+    for auto in auto_classes(type(config)):
+        getattr(transformers, auto).register(type(config), cls, exist_ok=True)
+    return cls  # type: ignore[no-any-return]
+
+
+def auto_classes(config_type: type[SmeltMappedConfig]) -> list[str]:
+    """The Auto classes that know the base family."""
+    base = config_type.__mro__[2] if config_type is not SmeltMappedConfig else config_type
+    return [a for a in AUTO_CLASSES if base in getattr(transformers, a)._model_mapping]
+
+
+class SmeltMappedModel(PreTrainedModel):
+    """What `auto_map` names: builds the right class for the configuration."""
+
+    config_class = SmeltMappedConfig
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True) if config is None else config
+        return model_class(config).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return model_class(config)._from_config(config, **kwargs)
+
+
+def map_experts(experts: nn.Module, num_stored: int) -> None:
+    """Turn an experts module of E slots into one that stores `num_stored` and maps ids to them."""
+    num_experts: int = experts.num_experts  # type: ignore[assignment]
+    if isinstance(experts, nn.ModuleDict):
+        device = next(experts.parameters()).device
+        for index in range(num_stored, num_experts):
+            del experts[f"expert_{index}"]
+        forward = _forward_one_hot
+    else:
+        device = next(iter(experts._parameters.values())).device  # type: ignore[union-attr]
+        for name, param in list(experts._parameters.items()):
+            if param is not None and param.shape[0] == num_experts:
+                kept = param.data[:num_stored].clone()
+                setattr(experts, name, nn.Parameter(kept, requires_grad=param.requires_grad))
+        experts._is_expert_parallel = True  # lets a slot be empty: id = num_experts, weight 0
+        forward = _forward_ids
+    experts.num_experts = num_stored
+    zeros = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    experts.register_buffer("expert_map", zeros)
+    base = type(experts)
+    experts.__class__ = _define(f"SmeltMapped{base.__name__}", (base,), {"forward": forward})
+
+
+def fold(
+    expert_map: Tensor, choice: Tensor, weight: Tensor, num_stored: int
+) -> tuple[Tensor, Tensor]:
+    """Stored ids and weights of each choice [N, K]; a repeated id becomes an empty slot.
+
+    The first of several choices that share a stored expert carries the sum of their weights, the
+    others get id `num_stored` and weight 0, which experts implementations skip.
+    """
+    stored = expert_map.long()[choice]
+    if choice.shape[-1] == 1:
+        return stored, weight
+    same = stored.unsqueeze(-1) == stored.unsqueeze(-2)
+    is_first = ~same.tril(-1).any(-1)
+    summed = (same.to(weight.dtype) * weight.unsqueeze(-2)).sum(-1)
+    return stored.masked_fill(~is_first, num_stored), summed * is_first
+
+
+def _forward_ids(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+    base = type(self).__mro__[1]
+    stored, summed = fold(self.expert_map, choice, weight, self.num_experts)
+    return base.forward(self, hidden_states, stored, summed)  # type: ignore[no-any-return,attr-defined]
+
+
+def _forward_one_hot(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+    base = type(self).__mro__[1]
+    table = nn.functional.one_hot(self.expert_map.long(), self.num_experts).to(choice.dtype)
+    return base.forward(self, hidden_states, choice @ table, weight)  # type: ignore[no-any-return,attr-defined]
+
+
+def _define(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
+    """A class of this module by name, made once for the same bases (so that it can be pickled)."""
+    module = sys.modules[__name__]
+    known = getattr(module, name, None)
+    if known is None or known.__bases__ != bases:
+        known = type(name, bases, {**members, "__module__": __name__})
+        setattr(module, name, known)
+    return known
+
+
+def register() -> None:
+    """Make AutoConfig know the mapped form; the model classes follow when a configuration is read."""
+    AutoConfig.register(SmeltMappedConfig.model_type, SmeltMappedConfig, exist_ok=True)

@@ -1,0 +1,133 @@
+"""Watching a layer at the call of its experts: what was routed where, and what each expert made of it.
+
+The ids and weights are those the model passes to its experts, so every routing rule is right by
+construction. The outputs are the model's own: the watcher runs the same products and adds the
+statistics while an expert's output is still in cache.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smelt.checkpoint.bind import MoeLayer, expert_function, is_module_dict
+from smelt.errors import CalibrationError
+from smelt.routing import Accumulator, Routing
+
+Rows = Callable[[], tuple[Tensor | None, Tensor]]
+"""For the batch now running: the ids of its real tokens (None: all), and which of them are sampled."""
+
+
+@contextlib.contextmanager
+def watch(
+    model: nn.Module, layer: MoeLayer, rows: Rows, sums: Accumulator
+) -> Iterator[None]:
+    """Within: every call of the layer's experts adds to `sums`; the outputs are unchanged."""
+    experts = model.get_submodule(layer.experts)
+    logits: list[Tensor] = []
+    hook = None
+    if layer.router is not None:
+        router = model.get_submodule(layer.router)
+        hook = router.register_forward_hook(
+            lambda module, args, output: logits.append(_logits(output, layer.num_experts))
+        )
+    capacity = _lift_capacity(model, layer)
+    one_hot = is_module_dict(experts)
+
+    def forward(x: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        ids = _ids(choice) if one_hot else choice
+        routing = Routing(ids, weight, logits.pop() if logits else None)
+        return _observed(experts, layer, x, routing, rows, sums)
+
+    experts.forward = forward
+    try:
+        yield
+    finally:
+        del experts.forward
+        if hook is not None:
+            hook.remove()
+        capacity()
+
+
+def _ids(one_hot: Tensor) -> Tensor:
+    """Expert ids from a one-hot dispatch [N, 1, E]; a dropped token gets id E."""
+    kept = one_hot.sum(-1) > 0
+    return torch.where(kept, one_hot.argmax(-1), one_hot.shape[-1])
+
+
+def _lift_capacity(model: nn.Module, layer: MoeLayer) -> Callable[[], None]:
+    """No token is dropped for capacity while watching; the returned call restores the limit."""
+    router = model.get_submodule(layer.router) if layer.router else None
+    limit = getattr(router, "expert_capacity", None)
+    if router is None or limit is None:
+        return lambda: None
+    router.expert_capacity = 1 << 30  # type: ignore[assignment]
+    return lambda: setattr(router, "expert_capacity", limit)
+
+
+def _logits(output: Any, num_experts: int) -> Tensor:
+    """The scores per expert in what a router returned: its first [.., E] float tensor."""
+    parts = output if isinstance(output, (tuple, list)) else [output]
+    found = [
+        p
+        for p in parts
+        if isinstance(p, Tensor) and p.is_floating_point() and p.shape[-1] == num_experts
+    ]
+    if not found:
+        raise CalibrationError("The router returns no score per expert; its family needs an entry.")
+    flat: list[Tensor] = [p.reshape(-1, num_experts) for p in found]
+    # Switch returns (one-hot ids, probability, logits): ids are integers, so the rule holds there too.
+    return flat[0]
+
+
+def _observed(
+    experts: nn.Module,
+    layer: MoeLayer,
+    x: Tensor,
+    routing: Routing,
+    rows: Rows,
+    sums: Accumulator,
+) -> Tensor:
+    num_tokens, num_choices = routing.choice.shape
+    num_stored = layer.num_stored
+    real, sampled = rows()
+    flat = routing.choice.reshape(-1)
+    sorted_ids, order = torch.sort(flat, stable=True)
+    token = order // num_choices
+    edges = torch.searchsorted(
+        sorted_ids, torch.arange(num_stored + 1, device=flat.device)
+    ).tolist()
+    is_real = None
+    if real is not None:
+        is_real = torch.zeros(num_tokens, dtype=torch.bool, device=x.device)
+        is_real[real] = True
+    out = x.new_zeros(flat.shape[0], x.shape[-1])
+    norm = torch.zeros(flat.shape[0], dtype=torch.float32, device=x.device)
+    totals = torch.zeros(num_stored, x.shape[-1], dtype=torch.float32, device=x.device)
+    run = expert_function(experts)
+    gathered = x[token]
+    for expert in range(num_stored):
+        start, end = edges[expert], edges[expert + 1]
+        if start == end:
+            continue
+        y = run(expert, gathered[start:end])
+        out[start:end] = y
+        norm[start:end] = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
+        kept = y if is_real is None else y[is_real[token[start:end]]]
+        totals[expert] = kept.sum(0, dtype=torch.float32)
+    gate = routing.weight.reshape(-1)[order]
+    stop = edges[-1]
+    seen = slice(0, stop) if is_real is None else torch.where(is_real[token[:stop]])[0]
+    sums.add_outputs(sorted_ids[seen], gate[seen], norm[seen], totals)
+    kept_x, kept_routing = x, routing
+    if real is not None:
+        logits = None if routing.logits is None else routing.logits[real]
+        kept_x = x[real]
+        kept_routing = Routing(routing.choice[real], routing.weight[real], logits)
+    sums.add_routing(kept_x, kept_routing, sampled)
+    weighted = out * gate[:, None]
+    restored = torch.empty_like(weighted)
+    restored[order] = weighted
+    return restored.view(num_tokens, num_choices, -1).sum(1).to(x.dtype)

@@ -1,0 +1,197 @@
+"""Recipes: frozen, strict settings of a run, read from YAML, written back beside every result."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from smelt.errors import RecipeError
+
+SettingsT = TypeVar("SettingsT", bound="Settings")
+
+
+class Settings(BaseModel):
+    """A group of settings: nothing unknown is accepted, nothing changes after it was checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def load_recipe(path: str | Path, cls: type[SettingsT], overrides: Sequence[str] = ()) -> SettingsT:
+    """The recipe of a YAML file, with `a.b=value` overrides, checked before anything else is read.
+
+    Args:
+        path: a YAML file holding one mapping.
+        cls: the settings the file must fit.
+        overrides: as in `--set a.b=c`; the value is read as YAML (`3e-3`, `true`, `[a, b]`).
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such recipe file. Check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as a recipe ({error}).") from None
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise RecipeError(f"{path}: not valid YAML ({where}). Mend the file.") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of settings. {_offer(cls, ())}")
+    for override in overrides:
+        _override(values, override)
+    return check_recipe(values, cls, origin=str(path))
+
+
+def check_recipe(
+    values: Mapping[str, Any], cls: type[SettingsT], *, origin: str = "recipe"
+) -> SettingsT:
+    """The settings that `values` spell, or one error that names every setting that does not fit."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, cls) for problem in error.errors()]
+        raise RecipeError(f"{origin}: " + " ".join(lines)) from None
+
+
+def dump_recipe(recipe: Settings, path: str | Path) -> None:
+    """Write the recipe as YAML, every default spelt out; `load_recipe` reads the same back."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def expand_environment(text: str) -> str:
+    """The text with every `${NAME}` replaced by that environment variable; unset is an error."""
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if not found:
+            raise RecipeError(
+                f"{text!r} needs the environment variable {match[1]}, which is not set. "
+                f"Set it first, e.g. export {match[1]}=/folder."
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"--set {override!r}: write it as name=value or group.name=value.")
+    *groups, last = key.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise RecipeError(f"--set {override!r}: {group!r} is a value, not a group of settings.")
+    try:
+        values[last] = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        values[last] = text
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `3e-3` as a string; a person means a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _explain(problem: Any, cls: type[Settings]) -> str:
+    """One pydantic problem, as one sentence a user can act on."""
+    where = [str(part) for part in problem["loc"]]
+    name = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        return f"there is no setting {name!r}. {_offer(cls, where[:-1])}"
+    if problem["type"] == "missing":
+        return f"the setting {name!r} is missing. {_offer(cls, where[:-1])}"
+    return f"{name or 'recipe'} = {problem['input']!r} cannot be: {problem['msg']}."
+
+
+def _offer(cls: type[Settings], groups: Sequence[str]) -> str:
+    """The settings there are at that place of the recipe."""
+    for group in groups:
+        field = cls.model_fields.get(group)
+        inner = next(_settings_of(field.annotation), None) if field else None
+        if inner is None:
+            break
+        cls = inner
+    return f"The settings here are: {', '.join(cls.model_fields)}."
+
+
+def _settings_of(annotation: Any) -> Iterator[type[Settings]]:
+    """The settings classes inside an annotation such as `Model | None` or `tuple[Source, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    elif get_origin(annotation) is not None or get_origin(annotation) is Union:
+        for part in get_args(annotation):
+            yield from _settings_of(part)
+
+
+class CalibrationRecipe(Settings):
+    """Which text the routing statistics are taken from, and how much of it."""
+
+    text: tuple[str, ...] = ("python",)
+    num_tokens: int = Field(default=65_536, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    batch_size: int = Field(default=8, ge=1)
+    seed: int = 0
+    chat_template: bool = False
+    sample_tokens: int = Field(default=4_096, ge=1)  # inputs kept for refits and layer errors
+    input_gram: bool = False  # the dearest statistic: D×D per layer
+
+
+class CompressRecipe(Settings):
+    """A compression: a method by name, the coordinates that differ from it, and a budget.
+
+    A coordinate left out (None) is the method's own.
+    """
+
+    source: str
+    output: str
+    form: Literal["stock", "mapped", "expanded"] = "stock"
+    method: str = "m-smoe"
+    score: str | None = None
+    similarity: str | None = None
+    budget: Literal["uniform", "global"] | None = None
+    align: Literal["weights", "activations", "none"] | None = None
+    reference: Literal["dominant", "first"] | None = None
+    weights: str | None = None
+    router: str | None = None
+    experts: int | None = Field(default=None, ge=1)  # kept per layer, on average
+    keep: float | None = Field(default=None, gt=0, le=1)  # or the share of them
+    excluded: tuple[int | str, ...] = ()  # layers left as they are: names, or positions from 0
+    protect: dict[str, tuple[int, ...]] | tuple[int, ...] = ()  # ids by layer, or in every layer
+    min_per_layer: int = Field(default=2, ge=1)
+    strict: bool = False
+    sequential: bool = False
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's own
+    workers: int | None = Field(
+        default=None, ge=1
+    )  # alignment solves at a time; None: one per core
+    trust_remote_code: bool = False
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _layers_as_strings(cls, value: object) -> object:
+        """A position is a string in JSON, and should be the same value when read back."""
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.experts is None) == (self.keep is None):
+            raise ValueError("set either experts (a count) or keep (a share), and not both")
+        return self

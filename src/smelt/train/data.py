@@ -1,0 +1,79 @@
+"""What a model is trained on: a tokenizer fitted to text, and token blocks as examples."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from smelt.errors import CalibrationError
+from smelt.pieces import plain_text
+from smelt.sources import TextSource, draw_documents
+from smelt.spans import IGNORED
+from smelt.text import TokenBlocks
+
+END_OF_TEXT = "<|endoftext|>"
+Example = dict[str, Tensor]  # one sequence as a model takes it, labels with it
+TOKENIZER_BYTES = 1 << 24  # text a tokenizer is fitted to
+
+
+def train_tokenizer(
+    sources: Sequence[TextSource], *, vocab_size: int, num_sentinels: int = 0, seed: int = 0
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer fitted to the sources: every text has tokens, and comes back.
+
+    At most 16 MiB of text is read, each source in proportion to its weight.
+
+    Args:
+        sources: the text; nothing held out.
+        vocab_size: tokens in all: the end of text, the sentinels, 256 bytes, the merges.
+        num_sentinels: `<extra_id_0>` … for span corruption.
+        seed: which documents are read where there are more.
+    """
+    special = [END_OF_TEXT, *(f"<extra_id_{i}>" for i in range(num_sentinels))]
+    if vocab_size < 256 + len(special):
+        raise CalibrationError(
+            f"A vocabulary of {vocab_size} cannot hold 256 bytes and {len(special)} special "
+            f"tokens. Ask for at least {256 + len(special)}."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_some_text(sources, seed), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=special[1:],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _some_text(sources: Sequence[TextSource], seed: int) -> Iterator[str]:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(source.weight for source in sources)
+    for source in sources:
+        left = TOKENIZER_BYTES * source.weight / total
+        for document in draw_documents(source, generator, 65536):
+            text = plain_text(document)
+            yield text
+            left -= len(text.encode())
+            if left <= 0:
+                break
+
+
+def next_token_examples(blocks: TokenBlocks) -> list[Example]:
+    """Each sequence with itself as labels, padding ignored; the shift is the loss's business."""
+    labels = blocks.input_ids.masked_fill(~blocks.mask, IGNORED)
+    return [
+        {"input_ids": ids, "attention_mask": mask.long(), "labels": label}
+        for ids, mask, label in zip(blocks.input_ids, blocks.mask, labels, strict=True)
+    ]
