@@ -33,13 +33,14 @@ CHECKED = (
     "smelt.compress.align",
     "smelt.compress.merge",
     "smelt.compress.router",
+    "smelt.compress.refit",
     "smelt.compress.decompose",
     "smelt.compress.reconstruct",
 )
 """The pure tensor modules: a wrong shape is an error at the call, not three functions later."""
 
 # Python compiles a module once per process, so the hook is in place before the first import.
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook(CHECKED, "shapes.check")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -136,10 +136,16 @@ class _Tokens:
 
     def head(self, count: int) -> "_Tokens":
         """The first `count` tokens, or fewer where the cut would fall inside a character."""
-        while 0 < count < len(self.ids) and self.starts[count] < self.ends[count - 1]:
+        while self._is_inside(count):
             count -= 1
-        text = self.text[: self.ends[count - 1]] if count else ""
+        while count == 0 or self._is_inside(count):  # the first character is longer than that
+            count += 1
+        text = self.text[: self.ends[count - 1]]
         return _Tokens(self.ids[:count], self.ends[:count], self.starts[:count], text)
+
+    def _is_inside(self, count: int) -> bool:
+        """Whether a cut after `count` tokens falls inside a character."""
+        return 0 < count < len(self.ids) and self.starts[count] < self.ends[count - 1]
 
 
 def _encode(
@@ -205,7 +211,7 @@ def _quotas(sources: Sequence[TextSource], num_tokens: int) -> list[int]:
     total = sum(source.weight for source in sources)
     bounds, share = [0], 0.0
     for source in sources:
-        share += source.weight / total
+        share += 1 / len(sources)
         bounds.append(round(num_tokens * share))
     bounds[-1] = num_tokens
     return [end - begin for begin, end in pairwise(bounds)]

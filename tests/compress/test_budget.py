@@ -2,9 +2,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import assume, given
+
 from reference.compression import global_counts
 from reference.samples import random_stats
-
 from smelt.compress.budget import (
     SCORES,
     RouterGroups,
@@ -53,13 +53,13 @@ def test_the_scale_of_the_counts_does_not_matter(layers: list[list[int]], scale:
 
 def test_a_layer_of_more_tokens_does_not_win_by_that() -> None:
     # The rare layer's second expert has the larger share, whatever its count.
-    rare, busy = torch.tensor([6, 4, 0, 0]), torch.tensor([700, 200, 60, 40])
+    rare, busy = torch.tensor([6, 4, 0, 0.0]), torch.tensor([700, 200, 60, 40.0])
     kept = dominants_global([rare, busy], 1.5, min_per_layer=1)
     assert [ids.tolist() for ids in kept] == [[0, 1], [0]]
 
 
 def test_the_floor_is_paid_by_the_lowest_entries_elsewhere() -> None:
-    flat, peaked = torch.tensor([30, 25, 25, 20]), torch.tensor([97, 1, 1, 1])
+    flat, peaked = torch.tensor([30, 25, 25, 20.0]), torch.tensor([97, 1, 1, 1.0])
     free = dominants_global([flat, peaked], 2.5, min_per_layer=1)
     assert [ids.tolist() for ids in free] == [[0, 1, 2, 3], [0]]
     floored = dominants_global([flat, peaked], 2.5, min_per_layer=2)
@@ -72,10 +72,10 @@ def test_a_floor_that_cannot_fit_is_refused() -> None:
 
 
 def test_strict_takes_only_what_is_above_the_first_that_no_longer_fits() -> None:
-    layers = [torch.tensor([50, 20, 20, 10]), torch.tensor([40, 30, 20, 10])]
-    kept = dominants_global(layers, 2, strict=True)  # the 5th value is 0.2, of three experts
+    layers = [torch.tensor([50, 20, 20, 10.0]), torch.tensor([40, 30, 20, 10.0])]
+    kept = dominants_global(layers, 2.0, strict=True)  # the 5th value is 0.2, of three experts
     assert [ids.tolist() for ids in kept] == [[0], [0, 1]]
-    assert sum(map(len, dominants_global(layers, 2, min_per_layer=1))) == 4
+    assert sum(map(len, dominants_global(layers, 2.0, min_per_layer=1))) == 4
 
 
 @given(models, st.integers(4, 32))
@@ -88,7 +88,7 @@ def test_strict_never_exceeds_the_budget(layers: list[list[int]], quarters: int)
 
 
 def test_protected_experts_stay_and_count_and_the_best_other_stays_with_them() -> None:
-    layers = [torch.tensor([5, 1, 90, 4]), torch.tensor([40, 30, 20, 10])]
+    layers = [torch.tensor([5, 1, 90, 4.0]), torch.tensor([40, 30, 20, 10.0])]
     kept = dominants_global(layers, 2.5, min_per_layer=1, protected={0: [1]})
     assert [ids.tolist() for ids in kept] == [[1, 2], [0, 1, 2]]
     assert dominants_uniform(layers[0], 2, protected=[1, 3]).tolist() == [1, 3]
@@ -97,12 +97,12 @@ def test_protected_experts_stay_and_count_and_the_best_other_stays_with_them() -
 
 
 def test_a_uniform_budget_keeps_the_best_and_breaks_ties_by_lower_id() -> None:
-    assert dominants_uniform(torch.tensor([3, 7, 7, 1, 7]), 2).tolist() == [1, 2]
+    assert dominants_uniform(torch.tensor([3, 7, 7, 1, 7.0]), 2).tolist() == [1, 2]
     assert dominants_uniform(torch.zeros(5), 3).tolist() == [0, 1, 2]
 
 
 def test_a_group_limited_router_keeps_as_many_in_each_of_its_groups() -> None:
-    score = torch.tensor([9, 8, 7, 6, 1, 2, 4, 3])
+    score = torch.tensor([9, 8, 7, 6, 1, 2, 4, 3.0])
     kept = dominants_uniform(score, 4, router=RouterGroups(n_group=2, topk_group=1))
     assert kept.tolist() == [0, 1, 6, 7]
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.compression import most_similar
 
+from reference.compression import most_similar
 from smelt.compress.group import drop_others, join_most_similar
 from smelt.errors import PlanError
 

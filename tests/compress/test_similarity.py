@@ -2,9 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from reference.compression import pairwise_cosine
 from reference.samples import random_bank, random_stats
-
 from smelt.compress import similarity as module
 from smelt.compress.similarity import SIMILARITIES, Evidence, find_similarity
 from smelt.errors import PlanError, RecipeError
@@ -91,7 +91,9 @@ def test_random_similarity_is_its_seed() -> None:
 def test_opposite_in_both_respects_is_not_alike() -> None:
     stats = random_stats(E=3)
     vectors = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [0.3, 1.0]], dtype=torch.float64)
-    stats = replace(stats, logit_gram=vectors @ vectors.T, output_sum=vectors @ torch.eye(2, 6).double())
+    stats = replace(
+        stats, logit_gram=vectors @ vectors.T, output_sum=vectors @ torch.eye(2, 6).double()
+    )
     found = find_similarity("router-logits*expert-feature")(Evidence(stats))
     assert found[0, 1] < found[0, 2]
 

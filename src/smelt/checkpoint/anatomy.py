@@ -37,12 +37,10 @@ def dissect(checkpoint: Checkpoint) -> Anatomy:
         CheckpointError: no experts, or a family whose expert count smelt cannot change.
     """
     layers = find_layers(checkpoint.model)
-    experts = {
-        layer.name: [n for n in checkpoint.layout if n.startswith(layer.experts + ".")]
-        for layer in layers
-    }
-    axes = {layer.name: {} for layer in layers}
-    for name, axis in _axes(checkpoint, layers).items():
+    changing = _axes(checkpoint, layers)
+    experts = {layer.name: _expert_names(checkpoint, layer, changing) for layer in layers}
+    axes: dict[str, dict[str, int]] = {layer.name: {} for layer in layers}
+    for name, axis in changing.items():
         if any(name.startswith(layer.experts + ".") for layer in layers):
             continue
         owner = max(
@@ -57,6 +55,14 @@ def dissect(checkpoint: Checkpoint) -> Anatomy:
             )
         axes[owner.name][name] = axis
     return Anatomy(layers, experts, axes, _mtp_keys(checkpoint))
+
+
+def _expert_names(checkpoint: Checkpoint, layer: MoeLayer, axes: dict[str, int]) -> list[str]:
+    """The experts' own tensors; what all experts share (a norm after them) is not one."""
+    inside = [n for n in checkpoint.layout if n.startswith(layer.experts + ".")]
+    if layer.num_stored != layer.num_experts:
+        return inside
+    return [n for n in inside if n in axes or n.startswith(f"{layer.experts}.expert_")]
 
 
 def _axes(checkpoint: Checkpoint, layers: list[MoeLayer]) -> dict[str, int]:

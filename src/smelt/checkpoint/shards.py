@@ -4,6 +4,7 @@ Reads go straight from the file into the tensor's own memory (no mapped pages st
 a fused parameter can be filled expert by expert without a second copy.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -176,16 +177,21 @@ def write_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> 
     return struct.pack("<Q", len(text)) + text
 
 
-def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write one safetensors file whole or not at all (temporary name, flushed, renamed); its size."""
+def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file whole or not at all (temporary name, flushed, renamed).
+
+    Returns its SHA-256.
+    """
     temporary = file.with_name(file.name + ".writing")
     with temporary.open("wb") as handle:
-        handle.write(write_header({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}))
+        header = write_header({k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()})
+        handle.write(header)
+        digest = hashlib.sha256(header)
         for tensor in tensors.values():
-            data = tensor.detach().contiguous().cpu()
-            handle.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            handle.write(data)
+            digest.update(data)
         handle.flush()
         os.fsync(handle.fileno())
-        size = handle.tell()
     temporary.replace(file)
-    return size
+    return digest.hexdigest()

@@ -248,7 +248,7 @@ class Checkpoint:
                 f"{self.folder}: {name} has shape {list(shapes[0])} on disk, config.json says "
                 f"{list(expected)}. Weights and configuration are of different models."
             )
-        if _is_stacked(layout):
+        if is_stacked(layout):
             for pattern, keys in layout.keys.items():
                 if len(keys) != expected[0]:
                     raise CheckpointError(
@@ -269,7 +269,7 @@ class Checkpoint:
         layout = self.layout[stored]
         if layout.converter is None:
             return self.tensors[layout.all_keys()[0]].read()
-        if _is_stacked(layout):
+        if is_stacked(layout):
             return self._read_stacked(layout, tuple(self.state[stored].shape))
         converter = copy.deepcopy(layout.converter)
         for pattern, keys in layout.keys.items():
@@ -344,7 +344,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def _is_stacked(layout: Layout) -> bool:
+def is_stacked(layout: Layout) -> bool:
     """Whether the parameter is plainly its experts stacked, [gate; up] concatenated per expert."""
     if layout.converter is None:
         return False

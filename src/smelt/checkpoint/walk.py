@@ -89,20 +89,7 @@ class Walk:
     def load(self, names: Sequence[str]) -> None:
         """Put these parameters and buffers in place, in the types the model computes in."""
         for name in names:
-            self.put(name, self.read(name))
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Put one value in place of a parameter or buffer of the skeleton."""
-        owner_name, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
-        expected = owner._parameters.get(leaf)
-        if expected is None:
-            buffer = owner._buffers[leaf]
-            dtype = value.dtype if buffer is None else buffer.dtype
-            owner._buffers[leaf] = value.to(self.device, dtype)
-        else:
-            value = value.to(self.device, expected.dtype)
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            put(self.model, name, self.read(name), self.device)
 
     def unload(self, names: Sequence[str]) -> None:
         """Give the memory of these parameters back."""
@@ -199,6 +186,19 @@ class Walk:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device not in (self.device, _META):
                     module._buffers[name] = buffer.to(self.device)
+
+
+def put(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
+    """Put a value in place of a parameter or buffer, in the type that the model computes in."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    expected = owner._parameters.get(leaf)
+    if expected is None:
+        buffer = owner._buffers[leaf]
+        owner._buffers[leaf] = value.to(device, value.dtype if buffer is None else buffer.dtype)
+    else:
+        value = value.to(device, expected.dtype)
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def _size(module: nn.Module) -> int:

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -82,7 +81,7 @@ class Aligner:
         self._memory = memory
         self._pool: ThreadPoolExecutor | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Aligner":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -152,14 +152,15 @@ def calibrate(
         if progress:
             progress(stage.name, done, len(order))
 
-    for _ in walk.run(visit, until=_last_block(layers, order)):
+    for _ in walk.run(visit, until=last_block(layers, order)):
         raise AssertionError("the walk ends before any output")
     num_tokens = sum(int(b.mask.sum()) for b in batches)
     found = {layer.name: collector.stats[layer.name] for layer in layers}
     return RoutingStats(found, checkpoint.fingerprint, text, num_tokens, details or {})
 
 
-def _last_block(layers: Sequence[MoeLayer], order: Sequence[str]) -> str:
+def last_block(layers: Sequence[MoeLayer], order: Sequence[str]) -> str:
+    """The last block with a MoE layer: a walk for statistics ends there."""
     return max((layer.block for layer in layers), key=order.index)
 
 

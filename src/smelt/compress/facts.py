@@ -1,11 +1,15 @@
 """What a plan must know of a checkpoint, from its headers alone."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from smelt.checkpoint.anatomy import Anatomy, dissect, num_params, stored_bytes
-from smelt.checkpoint.bind import read_bank
+from smelt.checkpoint.bind import MoeLayer, read_bank
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.plan import LayerFacts
+from smelt.experts import ExpertBank
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
                 top_k=layer.top_k,
                 model_size=bank.model_size,
                 hidden_size=bank.hidden_size,
-                expert_params=_per_expert(checkpoint, bank.tensors().values()),
-                expert_bytes=_bytes_per_expert(checkpoint, stored, layer.num_stored),
+                expert_params=sum(t[0].numel() for t in bank.tensors().values()),
+                expert_bytes=stored_bytes(checkpoint, stored) // layer.num_stored,
                 num_router_params=num_params(checkpoint, axes) // layer.num_experts,
                 router_bytes=stored_bytes(checkpoint, axes) // layer.num_experts,
                 map_bytes=4,
@@ -59,17 +63,34 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     )
 
 
-def _per_expert(checkpoint: Checkpoint, tensors: object) -> int:
-    return sum(t[0].numel() for t in tensors)  # type: ignore[attr-defined]
+def bank_reader(checkpoint: Checkpoint, facts: Facts) -> Callable[[str], ExpertBank]:
+    """Reads the experts of a layer by the layer's name."""
+    by_name = {layer.name: layer for layer in facts.anatomy.layers}
+
+    def read(name: str) -> ExpertBank:
+        path = by_name[name].experts
+        return read_bank(checkpoint.model.get_submodule(path), path, checkpoint.read)
+
+    return read
 
 
-def _bytes_per_expert(checkpoint: Checkpoint, names: list[str], count: int) -> int:
-    """Bytes of one expert; tensors that all experts share (a norm after them) are left out."""
-    total = 0
-    for name in names:
-        key = checkpoint.layout[name].all_keys()[0]
-        shape = checkpoint.state[name].shape
-        per_module = f".expert_" in name
-        if per_module or shape[0] == count:
-            total += shape.numel() * checkpoint.tensors[key].dtype.itemsize
-    return total // count
+def router_reader(checkpoint: Checkpoint, facts: Facts) -> Callable[[str], Tensor | None]:
+    """Reads the router rows [E, D] of a layer by the layer's name."""
+    by_name = {layer.name: layer for layer in facts.anatomy.layers}
+
+    def read(name: str) -> Tensor | None:
+        axes = facts.anatomy.axes[name]
+        if by_name[name].router is None or not axes:
+            return None
+        shapes = {n: checkpoint.state[n] for n in axes}
+        return checkpoint.read(router_names(by_name[name], shapes)[0])
+
+    return read
+
+
+def router_names(layer: MoeLayer, values: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    """The router's matrix, and its additive bias if it has one (a selection bias is not one)."""
+    prefix = f"{layer.router}."
+    matrix = next(n for n, v in values.items() if v.dim() == 2 and n.startswith(prefix))
+    bias = matrix.removesuffix("weight") + "bias"
+    return matrix, bias if bias in values else None

@@ -115,11 +115,15 @@ class Plan(_Strict):
         """The plan of the layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
+    def to_json(self) -> str:
+        """The plan as a file holds it: a line per field, a line per list of plain values."""
+        return _readable(self.model_dump(mode="json")) + "\n"
+
     def save(self, path: str | Path) -> None:
         """Write the plan; a reader never sees half of it."""
         path = Path(path)
         part = path.with_name(path.name + ".part")
-        part.write_text(_readable(self.model_dump(mode="json")) + "\n", encoding="utf-8")
+        part.write_text(self.to_json(), encoding="utf-8")
         part.replace(path)
 
     @classmethod

@@ -51,7 +51,10 @@ def load_balance(
 def expert_counts(
     router_logits: Sequence[Float[Tensor, "... E"]], num_choices: int
 ) -> list[Int[Tensor, " E"]]:
-    """Per layer, how often each expert is among the K with the highest logits."""
+    """Per layer, how often each expert is among the K with the highest logits.
+
+    A selection bias or group-limited routing (deepseek_v3) is not seen here.
+    """
     return [
         torch.bincount(
             logits.flatten(0, -2).topk(num_choices).indices.flatten(), minlength=logits.shape[-1]

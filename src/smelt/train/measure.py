@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smelt.checkpoint.bind import find_layers
+from smelt.errors import CheckpointError, RecipeError
 from smelt.spans import IGNORED
 from smelt.text import TokenBlocks
 from smelt.train import losses
@@ -38,8 +40,11 @@ def forward(model: PreTrainedModel, inputs: Example) -> tuple[Tensor, Tensor, li
 
 
 def num_choices(model: PreTrainedModel) -> int:
-    """Experts per token: 1 where the family knows no other number (Switch)."""
-    return int(getattr(model.config, "num_experts_per_tok", 1))
+    """K, experts per token; a model without experts is a RecipeError."""
+    try:
+        return find_layers(model)[0].top_k
+    except CheckpointError as error:
+        raise RecipeError(f"model.model_type cannot be trained here. {error}") from None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Measured:
 def measure(model: PreTrainedModel, held_out: Sequence[HeldOut], batch_size: int) -> Measured:
     """The model's loss on every held-out source, and where its routers sent the tokens."""
     model.eval()
+    choices = num_choices(model)
     device = next(model.parameters()).device
     nats: dict[str, float] = {}
     num_predicted: dict[str, int] = {}
@@ -73,7 +79,7 @@ def measure(model: PreTrainedModel, held_out: Sequence[HeldOut], batch_size: int
             predicted = int((target != IGNORED).sum())
             total += float(losses.token_loss(logits, target)) * predicted
             number += predicted
-            new = losses.expert_counts(router_logits, num_choices(model))
+            new = losses.expert_counts(router_logits, choices)
             counts = [a + b for a, b in zip(counts, new, strict=True)] if counts else new
         nats[one.name], num_predicted[one.name] = total / number, number
     return Measured(nats, num_predicted, [layer.cpu() for layer in counts])

@@ -69,6 +69,7 @@ def train(
         sequence_length=recipe.text.sequence_length,
         router_aux_loss=recipe.router_aux_loss,
     )
+    num_choices(model)  # a model without experts is refused here
     blocks = _tokens(recipe.text.train, tokenizer, recipe, recipe.text.tokens)
     examples = _examples(blocks, model, tokenizer, recipe)
     held_out = []

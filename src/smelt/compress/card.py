@@ -1,0 +1,61 @@
+"""The README of an output folder: what was done to which checkpoint, and what that changed."""
+
+from jinja2 import Environment
+
+from smelt.checkpoint.source import Checkpoint
+from smelt.compress.calibrate import RoutingStats
+from smelt.compress.plan import Plan
+
+_TEMPLATE = """\
+---
+library_name: transformers
+tags: [mixture-of-experts, smelt]
+---
+
+# {{ name }}, compressed by smelt
+
+| | before | after |
+|---|---:|---:|
+| experts per layer (mean) | {{ "%.1f"|format(experts_before) }} | {{ "%.1f"|format(experts_after) }} |
+| parameters | {{ "{:,}".format(p.params_before) }} | {{ "{:,}".format(p.params_after) }} |
+| tensor bytes | {{ "{:,}".format(p.bytes_before) }} | {{ "{:,}".format(p.bytes_after) }} |
+| MoE FLOPs per token | {{ "{:,}".format(p.moe_flops_per_token_before) }} | {{ "{:,}".format(p.moe_flops_per_token_after) }} |
+
+Method `{{ plan.recipe.method }}` in the {{ plan.form }} form: {{ method }}.
+Calibrated on {{ "{:,}".format(stats.num_tokens) }} tokens (text hash `{{ stats.text[:12] }}`).
+
+{{ loading }}
+
+What was decided for each expert is in `smelt/plan.json`, where it came from in
+`smelt/provenance.json`. The quality was not measured here: `smelt evaluate` does.
+"""
+
+_LOADING = {
+    "stock": "This is an ordinary checkpoint of its family: load it as you load the original.",
+    "expanded": "This checkpoint has the original's size, every merged expert written out in each "
+    "of its members' slots. It is for evaluation by third parties only.",
+    "mapped": "Load it with `import smelt` and transformers' Auto classes, or without smelt through "
+    "the modelling file beside the weights: `from_pretrained(folder, trust_remote_code=True)`.",
+}
+
+
+def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
+    """The model card as Markdown."""
+    method = plan.method
+    words = [f"operator {method.operator}", f"score {method.score}", f"budget {method.budget}"]
+    if method.operator == "merge":
+        words += [f"groups by {method.similarity}", f"alignment {method.align}"]
+        words += [f"merge weights {method.weights}"]
+    if plan.form == "stock":
+        words.append(f"router rows {method.router}")
+    template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)  # noqa: S701 - Markdown
+    return template.render(
+        name=checkpoint.folder.name,
+        experts_before=sum(x.num_experts for x in plan.layers) / len(plan.layers),
+        experts_after=sum(x.num_groups for x in plan.layers) / len(plan.layers),
+        p=plan.predicted,
+        plan=plan,
+        method=", ".join(words),
+        stats=stats,
+        loading=_LOADING[plan.form],
+    )
