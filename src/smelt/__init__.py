@@ -1,1 +1,26 @@
-"""smelt: mixture-of-experts language models, made small."""
+"""smelt shrinks mixture-of-experts checkpoints, and measures what that cost.
+
+    from smelt.api import compress
+
+    compress("Qwen3-30B-A3B", "small", experts=64)
+
+`smelt.api` has the functions `inspect`, `calibrate`, `plan`, `apply`, `compress` and `evaluate`; a
+mistake of the caller's raises `SmeltError`. Importing smelt lets transformers' Auto classes load
+checkpoints of the mapped form.
+"""
+
+from smelt.checkpoint import mapped
+from smelt.errors import (
+    CalibrationError,
+    CheckpointError,
+    PlanError,
+    RecipeError,
+    SmeltError,
+)
+
+# Lead's decision: plain and eager. No import hooks, no callable modules (`compress` and `evaluate`
+# are packages; the verbs of those names live in `smelt.api`).
+__version__ = "0.1.0"
+__all__ = ["CalibrationError", "CheckpointError", "PlanError", "RecipeError", "SmeltError"]
+
+mapped.register()

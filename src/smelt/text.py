@@ -211,7 +211,7 @@ def _quotas(sources: Sequence[TextSource], num_tokens: int) -> list[int]:
     total = sum(source.weight for source in sources)
     bounds, share = [0], 0.0
     for source in sources:
-        share += 1 / len(sources)
+        share += source.weight / total
         bounds.append(round(num_tokens * share))
     bounds[-1] = num_tokens
     return [end - begin for begin, end in pairwise(bounds)]

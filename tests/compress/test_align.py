@@ -9,7 +9,7 @@ from reference.compression import best_order, unit_vectors
 from reference.samples import KINDS, outputs, random_bank, random_stats, repeated, shuffles
 from smelt.compress import align
 from smelt.compress.align import Aligner, activation_cost, pairs, weight_cost
-from smelt.experts import permute_hidden
+from smelt.experts import hidden, permute_hidden
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,8 +52,8 @@ def test_a_reordered_copy_is_put_back_in_order(kind: str, matching: str) -> None
 
 
 def test_reference_first_follows_expert_0_of_the_layer() -> None:
-    labels, dominants = torch.tensor([2, 0, 1, 0, -1, 1]), torch.tensor([1, 2, 0])
-    assert pairs(labels, dominants, "first") == [(0, 1), (0, 2), (0, 3), (0, 5)]
+    labels, dominants = torch.tensor([2, 0, 1, 0, -1, 1, 3]), torch.tensor([1, 2, 0, 6])
+    assert pairs(labels, dominants, "first") == [(0, 1), (0, 2), (0, 3), (0, 5)]  # not 6, alone
     assert pairs(labels, dominants, "dominant") == [(1, 3), (2, 5)]
     # Expert 0 in a group of its own size > 1 is its own reference.
     assert pairs(torch.tensor([0, 0]), torch.tensor([1]), "first") == [(0, 1)]
@@ -100,6 +100,17 @@ def test_no_more_matrices_live_at_once_than_workers_or_memory_allow(
     with Aligner(workers, memory) as aligner:
         aligner.orders(random_bank("gated", E=12), labels, torch.tensor([0]))
     assert peak == most
+
+
+def test_activation_matching_correlates_over_tokens_routed_to_either() -> None:
+    stats = random_stats(E=8, D=6)
+    bank = random_bank("biased", E=8, D=6, F=5)
+    either = (stats.sample_choice == 1).any(1) | (stats.sample_choice == 2).any(1)
+    assert 1 < int((~(stats.sample_choice == 1).any(1) & either).sum())
+    x = stats.input_sample[either]
+    units = torch.cat([hidden(bank, 1, x), hidden(bank, 2, x)], 1)
+    expected = torch.corrcoef(units.T)[:5, 5:]
+    torch.testing.assert_close(activation_cost(stats)(bank, 1, 2), expected)
 
 
 def test_experts_that_no_sampled_token_reached_are_matched_by_weight() -> None:

@@ -66,6 +66,13 @@ def test_the_floor_is_paid_by_the_lowest_entries_elsewhere() -> None:
     assert [ids.tolist() for ids in floored] == [[0, 1, 2], [0, 1]]
 
 
+def test_of_two_layers_that_could_pay_the_one_with_the_lowest_entry_does() -> None:
+    flat, sloped = torch.tensor([25, 25, 25, 25.0]), torch.tensor([40, 30, 20, 10.0])
+    peaked = torch.tensor([97, 1, 1, 1.0])
+    kept = dominants_global([flat, sloped, peaked], 8 / 3, min_per_layer=2)
+    assert [len(ids) for ids in kept] == [4, 2, 2]
+
+
 def test_a_floor_that_cannot_fit_is_refused() -> None:
     with pytest.raises(PlanError, match="min_per_layer = 3 needs 6 experts.*budget is 5"):
         dominants_global([torch.ones(4), torch.ones(4)], 2.5, min_per_layer=3)

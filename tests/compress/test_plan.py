@@ -138,6 +138,15 @@ def test_regrouping_on_the_same_statistics_changes_nothing(settings: dict[str, A
         assert regroup(layer, evidence, plan.recipe) == layer
 
 
+def test_random_groups_differ_from_layer_to_layer_and_seed_to_seed() -> None:
+    stats = dict.fromkeys(NAMES, random_stats())
+    found = set()
+    for seed in (0, 1):
+        plan = make_plan(facts_of(), stats, recipe_of(similarity="random", seed=seed, experts=2))
+        found |= {layer.labels for layer in plan.layers}
+    assert len(found) == 6
+
+
 def test_regrouping_decides_anew_within_the_same_budget() -> None:
     plan, other = plan_of(form="mapped"), stats_of(9)
     again = [regroup(la, Evidence(other[la.name]), plan.recipe) for la in plan.layers]

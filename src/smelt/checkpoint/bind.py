@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from smelt.checkpoint.families import COUNT_FIELDS, NOT_COVERED, TOP_K_FIELDS
+from smelt.checkpoint.families import (
+    COUNT_FIELDS,
+    NOT_COVERED,
+    SCORE_FIELDS,
+    SIGMOID,
+    TOP_K_FIELDS,
+)
 from smelt.checkpoint.skeleton import outermost_blocks
 from smelt.errors import CheckpointError
 from smelt.experts import ExpertBank
@@ -33,6 +39,7 @@ class MoeLayer:
     top_k: int
     n_group: int  # router groups of group-limited routing; 1: none
     topk_group: int
+    min_per_group: int  # experts a router group must hold: 2 where it is scored by its best two
     router: str | None  # the module that scores the experts
     is_softmax: bool  # else sigmoid scores
 
@@ -94,6 +101,7 @@ def _describe(
     config = model.config.get_text_config()
     router = _find_router(model.get_submodule(parent), path.rpartition(".")[2], num_experts)
     scorer = model.get_submodule(f"{parent}.{router}") if router else None
+    n_group, topk_group, min_per_group = _router_groups(scorer)
     return MoeLayer(
         name=parent,
         experts=path,
@@ -101,16 +109,27 @@ def _describe(
         num_experts=num_experts,
         num_stored=stored,
         top_k=1 if is_module_dict(module) else _top_k(config, scorer),
-        n_group=_positive(config, "n_group"),
-        topk_group=_positive(config, "topk_group"),
+        n_group=n_group,
+        topk_group=topk_group,
+        min_per_group=min_per_group,
         router=f"{parent}.{router}" if router else None,
         is_softmax=not _is_sigmoid(config, scorer),
     )
 
 
-def _positive(config: PreTrainedConfig, name: str) -> int:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) and value > 0 else 1
+def _router_groups(scorer: nn.Module | None) -> tuple[int, int, int]:
+    """How many groups a router has, how many it opens, and how many experts each must hold.
+
+    Read off the router, not the configuration: some families have the fields and do not limit.
+    Only the DeepSeek-V2 routers name a method, and score a group by its best expert; all others
+    score it by its best two.
+    """
+    method = getattr(scorer, "topk_method", None)
+    n_group = getattr(scorer, "num_group", None) or getattr(scorer, "n_group", None)
+    if not n_group or method == "greedy":
+        return 1, 1, 1
+    topk_group: int = getattr(scorer, "topk_group", None) or n_group
+    return n_group, topk_group, 1 if method == "group_limited_greedy" else 2
 
 
 def _top_k(config: PreTrainedConfig, scorer: nn.Module | None) -> int:
@@ -120,8 +139,10 @@ def _top_k(config: PreTrainedConfig, scorer: nn.Module | None) -> int:
 
 
 def _is_sigmoid(config: PreTrainedConfig, scorer: nn.Module | None) -> bool:
-    function = getattr(config, "scoring_func", None) or getattr(config, "moe_router_activation", "")
-    return function == "sigmoid" or hasattr(scorer, "e_score_correction_bias")
+    named = next((v for n in SCORE_FIELDS if isinstance(v := getattr(config, n, None), str)), "")
+    if named:
+        return named != "softmax"
+    return hasattr(scorer, "e_score_correction_bias") or config.model_type in SIGMOID
 
 
 def _find_router(parent: nn.Module, experts: str, num_experts: int) -> str | None:

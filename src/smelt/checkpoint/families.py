@@ -12,6 +12,12 @@ COUNT_FIELDS = (
 TOP_K_FIELDS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_selected_experts")
 """Configuration fields that say how many experts a token uses."""
 
+SCORE_FIELDS = ("scoring_func", "moe_router_activation", "expert_selection_fn")
+"""Configuration fields that name how a router turns logits into scores."""
+
+SIGMOID = frozenset({"afmoe", "flint", "lfm2_moe"})
+"""Families with sigmoid scores that neither a field nor a selection bias gives away."""
+
 MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Fields that count multi-token-prediction layers; set to 0 when those layers are dropped."""
 

@@ -39,6 +39,8 @@ class SmeltMappedConfig(PreTrainedConfig):
             found = config_class(config_dict["base_model_type"])
             # The Auto classes refuse a model class that names another configuration class.
             SmeltMappedModel.config_class = found
+            if "base_architecture" in config_dict:
+                _define_model(found, config_dict["base_architecture"])
             return found.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
 
@@ -50,8 +52,15 @@ def config_class(base_model_type: str) -> type[SmeltMappedConfig]:
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
-    """The base family's model class with its mapped experts; registered with the Auto classes."""
-    base = getattr(transformers, config.base_architecture)
+    """The base family's model class, with its experts mapped as the configuration says."""
+    return _define_model(type(config), config.base_architecture)
+
+
+def _define_model(
+    config_type: type[SmeltMappedConfig], architecture: str
+) -> type[PreTrainedModel]:
+    """The same, registered with the Auto classes under the configuration's class."""
+    base = getattr(transformers, architecture)
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super(cls, self).__init__(config, *args, **kwargs)
@@ -65,12 +74,12 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     members = {
         "__init__": __init__,
         "save_pretrained": save_pretrained,
-        "config_class": type(config),
+        "config_class": config_type,
         "_auto_class": None,
     }
     cls: Any = _define(f"SmeltMapped{base.__name__}", (base,), members)
-    for auto in auto_classes(type(config)):
-        getattr(transformers, auto).register(type(config), cls, exist_ok=True)
+    for auto in auto_classes(config_type):
+        getattr(transformers, auto).register(config_type, cls, exist_ok=True)
     return cls  # type: ignore[no-any-return]
 
 
@@ -138,6 +147,9 @@ def fold(
 def _forward_ids(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
     base = type(self).__mro__[1]
     stored, summed = fold(self.expert_map, choice, weight, self.num_experts)
+    if self.has_bias and self.config._experts_implementation == "eager":
+        # The eager forward of biased experts knows no empty slot: any expert, with weight 0.
+        stored = stored.masked_fill(stored == self.num_experts, 0)
     return base.forward(self, hidden_states, stored, summed)  # type: ignore[no-any-return,attr-defined]
 
 

@@ -103,8 +103,11 @@ def _observed(
     if real is not None:
         is_real = torch.zeros(num_tokens, dtype=torch.bool, device=x.device)
         is_real[real] = True
-    out = x.new_zeros(flat.shape[0], x.shape[-1])
-    norm = torch.zeros(flat.shape[0], dtype=torch.float32, device=x.device)
+    gate = routing.weight.reshape(-1)[order]
+    stop = edges[-1]
+    out = x.new_empty(flat.shape[0], x.shape[-1], dtype=torch.promote_types(x.dtype, gate.dtype))
+    out[stop:] = 0
+    norm = torch.empty(stop, dtype=torch.float32, device=x.device)
     totals = torch.zeros(num_stored, x.shape[-1], dtype=torch.float32, device=x.device)
     run = expert_function(experts)
     gathered = x[token]
@@ -113,12 +116,10 @@ def _observed(
         if start == end:
             continue
         y = run(expert, gathered[start:end])
-        out[start:end] = y
+        torch.mul(y, gate[start:end, None], out=out[start:end])
         norm[start:end] = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
         kept = y if is_real is None else y[is_real[token[start:end]]]
         totals[expert] = kept.sum(0, dtype=torch.float32)
-    gate = routing.weight.reshape(-1)[order]
-    stop = edges[-1]
     seen = slice(0, stop) if is_real is None else torch.where(is_real[token[:stop]])[0]
     sums.add_outputs(sorted_ids[seen], gate[seen], norm[seen], totals)
     kept_x, kept_routing = x, routing
@@ -127,7 +128,6 @@ def _observed(
         kept_x = x[real]
         kept_routing = Routing(routing.choice[real], routing.weight[real], logits)
     sums.add_routing(kept_x, kept_routing, sampled)
-    weighted = out * gate[:, None]
-    restored = torch.empty_like(weighted)
-    restored[order] = weighted
-    return restored.view(num_tokens, num_choices, -1).sum(1).to(x.dtype)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
+    return out[place].view(num_tokens, num_choices, -1).sum(1).to(x.dtype)

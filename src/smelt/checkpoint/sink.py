@@ -118,8 +118,8 @@ class Sink:
                 _write_text(self.staging / name, text)
             self._complete_sums()
             shutil.rmtree(self.staging / "smelt" / "stats", ignore_errors=True)
-            (self.staging / "smelt" / JOURNAL).unlink()
             self.staging.replace(self.destination)
+            (self.destination / "smelt" / JOURNAL).unlink()
         except OSError as error:
             raise CheckpointError(
                 f"{self.staging}: writing failed ({error.strerror or error}). What is done so far is "

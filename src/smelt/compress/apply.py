@@ -63,18 +63,19 @@ class Compressor:
         if plan.operator == "keep":
             if self.plan.form != "mapped":
                 return Changed()
-            bank = self._bank(layer)
+            bank = self.bank(layer)
             return Changed(self._experts(layer, bank) | self._map(layer, plan), names)
         labels, dominants = torch.tensor(plan.labels), torch.tensor(plan.dominants)
-        merged = self._merged(layer, plan, stats, labels, dominants)
+        merged = self.merged(layer, plan, stats, labels, dominants)
         if self.plan.form == "expanded":
             return Changed(self._experts(layer, select(merged, labels)), names)
         if self.plan.form == "mapped":
             return Changed(self._experts(layer, merged) | self._map(layer, plan), names)
-        rows = self._rows(layer, plan, stats, labels, dominants)
+        rows = self.rows(layer, plan, stats, labels, dominants)
         return Changed(self._experts(layer, merged) | rows, names | frozenset(axes))
 
-    def _bank(self, layer: MoeLayer) -> ExpertBank:
+    def bank(self, layer: MoeLayer) -> ExpertBank:
+        """The layer's experts as they are; NaN or Inf among them is a CheckpointError."""
         module = self.checkpoint.model.get_submodule(layer.experts)
         bank = read_bank(module, layer.experts, self.checkpoint.read)
         for name, tensor in bank.tensors().items():
@@ -86,7 +87,7 @@ class Compressor:
                 )
         return bank
 
-    def _merged(
+    def merged(
         self,
         layer: MoeLayer,
         plan: LayerPlan,
@@ -94,7 +95,8 @@ class Compressor:
         labels: Tensor,
         dominants: Tensor,
     ) -> ExpertBank:
-        bank = self._bank(layer)
+        """The G experts that stand for the layer's E."""
+        bank = self.bank(layer)
         if plan.operator == "drop":
             return keep(bank, dominants)
         order = None
@@ -115,7 +117,7 @@ class Compressor:
         labels = torch.tensor(plan.labels, dtype=torch.int32)
         return {f"{layer.experts}.expert_map": labels}
 
-    def _rows(
+    def rows(
         self,
         layer: MoeLayer,
         plan: LayerPlan,

@@ -49,7 +49,7 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
                 map_bytes=4,
                 n_group=layer.n_group,
                 topk_group=layer.topk_group,
-                min_per_router_group=1 if layer.is_softmax else 2,
+                min_per_router_group=layer.min_per_group,
             )
         )
     others = [n for n in checkpoint.layout if n not in belonging]

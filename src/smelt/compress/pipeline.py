@@ -1,5 +1,6 @@
 """From a recipe to a compressed checkpoint: open, calibrate, plan, apply. What the commands call."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.sink import check_destination
 from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.verify import verify as verify_files
 from smelt.compress.apply import apply
 from smelt.compress.calibrate import Progress, RoutingStats, calibrate
 from smelt.compress.card import model_card
@@ -24,8 +26,12 @@ from smelt.text import TokenBlocks, parse_source, tokenize
 Stages = Callable[[str], Progress]
 """Given the name of a stage of work, where to report its progress."""
 
+_USEFUL = 16
+"""Tokens that an expert should see before its statistics say something."""
 
-def _silent(stage: str) -> Progress:
+
+def silent(stage: str) -> Progress:  # noqa: ARG001 - it has the arguments of its kind
+    """Stages that nobody watches."""
     return lambda block, done, total: None
 
 
@@ -82,7 +88,20 @@ def run_calibration(
         details=recipe.model_dump(mode="json"),
         progress=progress,
     )
+    _warn_if_few(stats)
     return Calibrated(stats, batches)
+
+
+def _warn_if_few(stats: RoutingStats) -> None:
+    """Warn of statistics of which many experts have next to nothing to say."""
+    counts = [int(n) for layer in stats.layers.values() for n in layer.count]
+    unseen = sum(n < _USEFUL for n in counts)
+    if unseen > len(counts) / 10:
+        warnings.warn(
+            f"{stats.num_tokens:,} calibration tokens reach {unseen:,} of {len(counts):,} experts "
+            f"fewer than {_USEFUL} times each: their scores are noise. Calibrate on more tokens.",
+            stacklevel=3,
+        )
 
 
 def run_plan(
@@ -115,17 +134,25 @@ def run_compress(
     recipe: CompressRecipe,
     *,
     stats: RoutingStats | None = None,
-    stages: Stages = _silent,
+    verify: bool = True,
+    stages: Stages = silent,
 ) -> Path:
     """Open, calibrate (unless statistics are given), plan and apply; returns the new folder.
 
     A killed run, called again with the same recipe, goes on where it stopped.
+
+    Args:
+        verify: compare the weight files with their checksums before all else, where they are known.
     """
     checkpoint = Checkpoint.open(recipe.source, trust_remote_code=recipe.trust_remote_code)
     destination = check_destination(recipe.output, checkpoint.folder)
     facts = read_facts(checkpoint)
     check(facts.layers, recipe)
     checkpoint.check()
+    if stats is not None:
+        stats.belongs_to(checkpoint)
+    if verify:
+        verify_files(checkpoint.folder, stages("verify"))
     calibrated = _calibrate_once(checkpoint, recipe, stats, destination, stages)
     stats = calibrated.stats
     plan = run_plan(checkpoint, stats, recipe, facts)

@@ -39,7 +39,7 @@ def refit(
     scoring: str,
     top_k: int,
     steps: int = 60,
-    ridge: float = 0.01,
+    ridge: float = 0.1,
 ) -> tuple[Float[Tensor, "G D"], Float[Tensor, " G"] | None]:
     """Rows under which each group gets the gate weight that its members got together.
 
@@ -51,7 +51,7 @@ def refit(
     the best rows there are returned, as stored, and the dominant rows if none are better.
 
     Args:
-        labels: -1 for a dropped expert; tokens that chose only dropped experts are left out.
+        labels: -1 for a dropped expert; its gate mass may go to any group not chosen.
         scoring: "softmax" or "sigmoid"; the selection bias of sigmoid routers is not fitted here.
         top_k: experts per token of the new router, only checked.
         steps: L-BFGS iterations at most.
@@ -163,16 +163,16 @@ def softmax_mass(
 ) -> tuple[Float[Tensor, "S G"], Bool[Tensor, "S G"]]:
     """What each group's members got of the router's softmax, over the chosen experts only.
 
-    Sums to 1 where the model normalises its top-k weights, else to the share that they have.
+    Sums to 1 where the model normalises its top-k weights, else to the share that they have; the
+    share of dropped experts is in no group, and left free.
     """
     weight = stats.sample_weight.float()
-    total = weight.sum(1)
+    total = weight.sum(1, keepdim=True)
     if bool(total.max() - total.min() > 0.02 * total.mean()):
         weight = stats.sample_logits.float().softmax(1).gather(1, stats.sample_choice)
-        mass, chosen = _by_group(weight, stats.sample_choice, labels, num_groups)
-        return mass, chosen
-    mass, chosen = _by_group(weight, stats.sample_choice, labels, num_groups)
-    return mass / mass.sum(1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny), chosen
+    else:
+        weight = weight / total
+    return _by_group(weight, stats.sample_choice, labels, num_groups)
 
 
 def sigmoid_mass(

@@ -64,11 +64,11 @@ def router_logits_centered(evidence: Evidence) -> Float[Tensor, "E E"]:
 
 
 def random(evidence: Evidence) -> Float[Tensor, "E E"]:
-    """Uniform random numbers in [0, 1), symmetric, from the evidence's seed: the null grouping."""
+    """Random numbers in [0, 1) from the evidence's seed: the null grouping."""
     generator = torch.Generator().manual_seed(evidence.seed)
     num_experts = evidence.stats.num_experts
     draw = torch.rand(num_experts, num_experts, dtype=torch.float64, generator=generator)
-    return _unit_diagonal(draw.triu(1) + draw.triu(1).T)
+    return _unit_diagonal(draw)
 
 
 def expert_weight(evidence: Evidence) -> Float[Tensor, "E E"]:

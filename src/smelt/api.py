@@ -1,0 +1,311 @@
+"""smelt from Python: inspect, calibrate, plan, apply, compress, evaluate. The commands call these.
+
+Settings are those of a recipe, by the same names: `compress("in", "out", keep=0.5, form="mapped",
+text=["notes.txt"])`. A name that does not exist is an error that lists those that do.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from smelt.checkpoint import mapped
+from smelt.checkpoint.anatomy import dissect
+from smelt.checkpoint.describe import Description, describe
+from smelt.checkpoint.device import check_device
+from smelt.checkpoint.inputs import make_batches
+from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.verify import verify as verify_files
+from smelt.compress import apply as applying
+from smelt.compress.calibrate import RoutingStats
+from smelt.compress.card import model_card
+from smelt.compress.check import check
+from smelt.compress.facts import read_facts
+from smelt.compress.pipeline import (
+    Stages,
+    read_text,
+    run_calibration,
+    run_compress,
+    run_plan,
+    silent,
+)
+from smelt.compress.plan import Plan
+from smelt.errors import RecipeError
+from smelt.evaluate import compare as comparing
+from smelt.evaluate.compare import Compared
+from smelt.evaluate.fidelity import Fidelity, fidelity
+from smelt.evaluate.results import Result, Setting
+from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe
+
+mapped.register()
+
+
+def inspect(
+    source: str | Path, *, trust_remote_code: bool = False, verify: bool = False
+) -> Description:
+    """What a checkpoint holds: layers, experts, bytes by part, the facts of its family.
+
+    No weights are read, unless `verify` compares every file with its checksum (where one is known).
+
+        import smelt
+
+        about = smelt.inspect(source)
+        print(about.family, about.num_experts, about.bytes_by_part["experts"])
+    """
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    if verify:
+        verify_files(checkpoint.folder)
+    return describe(checkpoint, dissect(checkpoint))
+
+
+def calibrate(
+    source: str | Path,
+    folder: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    stages: Stages = silent,
+    **settings: Any,
+) -> RoutingStats:
+    """The routing statistics of a checkpoint, which every plan at every ratio can be made from.
+
+        import smelt
+
+        stats = smelt.calibrate(source, "stats", text=["python"], num_tokens=2048)
+        print(stats.num_tokens, len(stats.layers))
+
+    Args:
+        folder: where to save them as well; must not exist.
+        verify: compare the weight files with their checksums first, where they are known.
+        stages: told of the progress of each stage.
+        settings: those of `CalibrationRecipe`: text, num_tokens, sequence_length, batch_size, seed,
+            chat_template, sample_tokens, input_gram.
+    """
+    recipe = check_recipe(settings, CalibrationRecipe)
+    check_device(device)
+    if folder is not None and Path(folder).exists():
+        raise RecipeError(f"{folder}: exists. smelt overwrites nothing: name another folder.")
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    dissect(checkpoint)
+    checkpoint.check()
+    if verify:
+        verify_files(checkpoint.folder, stages("verify"))
+    found = run_calibration(checkpoint, recipe, device=device, progress=stages("calibrate"))
+    if folder is not None:
+        found.stats.save(folder)
+    return found.stats
+
+
+def plan(
+    source: str | Path,
+    stats: RoutingStats | str | Path,
+    *,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Plan:
+    """What a compression would do to every expert, decided and not yet done; no model is run.
+
+        import smelt
+
+        half = smelt.plan(source, stats, keep=0.5, method="reap")
+        print(half.predicted.bytes_after / half.predicted.bytes_before)
+        half.save("plan.json")
+
+    Args:
+        stats: of this checkpoint, or the folder they were saved in.
+        settings: those of `CompressRecipe`: experts or keep, method, form, …
+    """
+    values = {"source": str(source), "output": "", **nested(settings)}
+    recipe = check_recipe(values, CompressRecipe)
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    facts = read_facts(checkpoint)
+    check(facts.layers, recipe)
+    return run_plan(checkpoint, load_stats(stats), recipe, facts)
+
+
+def apply(
+    source: str | Path,
+    plan: Plan | str | Path,
+    destination: str | Path,
+    *,
+    stats: RoutingStats | str | Path | None = None,
+    workers: int | None = None,
+    trust_remote_code: bool = False,
+    stages: Stages = silent,
+) -> Path:
+    """Carry a plan out: a new checkpoint at `destination`, which must not exist.
+
+        import smelt
+
+        smelt.apply(source, "plan.json", "half")
+
+    Args:
+        stats: the statistics the plan was made from. Needed for activation matching and a refitted
+            router; always good for the model card.
+    """
+    found = plan if isinstance(plan, Plan) else Plan.load(plan)
+    known = None if stats is None else load_stats(stats)
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    documents = {} if known is None else {"README.md": model_card(checkpoint, found, known)}
+    return applying.apply(
+        checkpoint,
+        found,
+        destination,
+        stats=known,
+        documents=documents,
+        workers=workers,
+        progress=stages("compress"),
+    )
+
+
+def compress(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    stats: RoutingStats | str | Path | None = None,
+    verify: bool = True,
+    stages: Stages = silent,
+    **settings: Any,
+) -> Path:
+    """A smaller checkpoint: calibrate (unless statistics are given), plan and apply.
+
+        import smelt
+
+        smelt.compress(source, "small", keep=0.5, num_tokens=2048)
+
+    A killed run, called again with the same arguments, goes on where it stopped.
+
+    Args:
+        destination: the folder to make; must not exist.
+        stats: statistics of this checkpoint, or their folder: then nothing is calibrated.
+        verify: compare the weight files with their checksums first, where they are known.
+        settings: those of `CompressRecipe`, and of its `calibration` by their own names. `seed`
+            sets both seeds.
+    """
+    values = {**nested(settings), "source": str(source), "output": str(destination)}
+    recipe = check_recipe(values, CompressRecipe)
+    return compress_by(recipe, stats=stats, verify=verify, stages=stages)
+
+
+def compress_by(
+    recipe: CompressRecipe,
+    *,
+    stats: RoutingStats | str | Path | None = None,
+    verify: bool = True,
+    stages: Stages = silent,
+) -> Path:
+    """`compress`, its settings given as a recipe."""
+    check_device(recipe.device)
+    known = None if stats is None else load_stats(stats)
+    return run_compress(recipe, stats=known, verify=verify, stages=stages)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Checkpoints measured on one text, and held against their original if it was given."""
+
+    compared: list[Compared]
+    fidelity: list[Fidelity | None]  # of each; None: it is the original, or none was given
+    results: list[Result] = field(default_factory=list)  # every number, with what repeats it
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per checkpoint."""
+        rows = []
+        for one, near in zip(self.compared, self.fidelity, strict=True):
+            row: dict[str, Any] = dict(one.row())
+            if near is not None:
+                shares = [x.routing_agreement for x in near.layers]
+                known = [share for share in shares if share is not None]
+                row |= {
+                    "KL": near.kl.mean,
+                    "top-1 agreement": near.agreement.mean,
+                    "routing agreement": sum(known) / len(known) if known else None,
+                    "worst layer error": max(layer.error for layer in near.layers),
+                }
+            rows.append(row)
+        return rows
+
+
+def evaluate(
+    checkpoints: str | Path | Sequence[str | Path],
+    *,
+    original: str | Path | None = None,
+    device: str = "cpu",
+    bits_per_byte_only: bool = False,
+    trust_remote_code: bool = False,
+    stages: Stages = silent,
+    **settings: Any,
+) -> Evaluation:
+    """Perplexity of checkpoints side by side, and how near they stay to an original.
+
+        import smelt
+
+        found = smelt.evaluate([source, "half"], original=source, num_tokens=2048)
+        for row in found.rows():
+            print(row["checkpoint"], row["nats per token"], row.get("KL"))
+
+    Args:
+        original: hold every other checkpoint against this one: logit KL, each layer's output
+            error, routing agreement.
+        bits_per_byte_only: allow checkpoints of different tokenizers.
+        settings: the text, as in `calibrate`; the default is held out of smelt's own training.
+    """
+    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    recipe = check_recipe(
+        {"text": ["python:held-out"], "num_tokens": 32_768} | settings, CalibrationRecipe
+    )
+    check_device(device)
+    opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
+    first = None
+    if original is not None:
+        first = open_checkpoint(original, trust_remote_code=trust_remote_code)
+    compared = comparing.compare(
+        opened,
+        partial(read_text, recipe=recipe),
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        bits_per_byte_only=bits_per_byte_only,
+        device=device,
+        stages=stages,
+    )
+    found = Evaluation(compared, [])
+    for one, checkpoint in zip(compared, opened, strict=True):
+        blocks = read_text(checkpoint, recipe)
+        setting = Setting(recipe.text, blocks.sha256, recipe.seed, device)
+        found.results.extend(one.perplexity.records(checkpoint, setting))
+        if first is None or checkpoint.folder == first.folder:
+            found.fidelity.append(None)
+            continue
+        near = fidelity(
+            first,
+            checkpoint,
+            make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed),
+            device=device,
+            seed=recipe.seed,
+            progress=stages(f"{one.name} against {first.folder.name}"),
+        )
+        found.fidelity.append(near)
+        found.results.extend(near.records(checkpoint, setting))
+    return found
+
+
+def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """A checkpoint folder or hub id, opened for reading."""
+    return Checkpoint.open(source, trust_remote_code=trust_remote_code)
+
+
+def load_stats(stats: RoutingStats | str | Path) -> RoutingStats:
+    """Statistics as a value: themselves, or those of a folder."""
+    return stats if isinstance(stats, RoutingStats) else RoutingStats.load(stats)
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by plain names, those of the calibration in their group; `seed` goes to both."""
+    own = dict(settings)
+    group = dict(own.pop("calibration", {}))
+    for name in CalibrationRecipe.model_fields:
+        if name in own:
+            group[name] = own[name] if name in CompressRecipe.model_fields else own.pop(name)
+    return own | ({"calibration": group} if group else {})

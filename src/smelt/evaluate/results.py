@@ -1,0 +1,192 @@
+"""Measurements as named records with all that is needed to repeat them, and tables of records."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import smelt
+from smelt.checkpoint.source import Checkpoint
+from smelt.errors import SmeltError
+
+VERSION = 1
+"""Of the file."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What measurements are made on and with."""
+
+    text: tuple[str, ...]  # the sources, as a person names them
+    text_sha256: str  # of the tokens (`TokenBlocks.sha256`)
+    seed: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured number, and where it came from."""
+
+    task: str  # what was done: "perplexity", "fidelity", the name of a test set
+    metric: str
+    value: float
+    n: int  # what it is a mean of: tokens, items
+    standard_error: float | None
+    chance: float | None  # the value of guessing, where there is one
+    seed: int
+    text: tuple[str, ...]
+    text_sha256: str
+    checkpoint: str  # name of the folder
+    fingerprint: str
+    dtype: str
+    device: str
+    plan_sha256: str | None  # of smelt/plan.json, which holds recipe and statistics' hashes
+    versions: Mapping[str, str]
+    commit: str | None  # of smelt's own clone; "+" after it: with changes
+    time: str  # UTC, ISO 8601
+
+
+def record(
+    checkpoint: Checkpoint,
+    setting: Setting,
+    *,
+    task: str,
+    metric: str,
+    value: float,
+    n: int,
+    standard_error: float | None = None,
+    chance: float | None = None,
+) -> Result:
+    """The record of a number measured now on a checkpoint."""
+    plan = checkpoint.folder / "smelt" / "plan.json"
+    return Result(
+        task=task,
+        metric=metric,
+        value=value,
+        n=n,
+        standard_error=standard_error,
+        chance=chance,
+        seed=setting.seed,
+        text=setting.text,
+        text_sha256=setting.text_sha256,
+        checkpoint=checkpoint.folder.name,
+        fingerprint=checkpoint.fingerprint,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        device=setting.device,
+        plan_sha256=hashlib.sha256(plan.read_bytes()).hexdigest() if plan.is_file() else None,
+        versions={name: version(name) for name in ("smelt", "torch", "transformers")},
+        commit=_commit(),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of smelt's clone; None where smelt is installed otherwise."""
+    package = Path(smelt.__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=package, capture_output=True, check=True, text=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) / "src" / "smelt" != package.resolve():
+            return None  # installed inside some other project's clone
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save(results: Sequence[Result], path: str | Path) -> None:
+    """Write the records as JSON; a reader never sees half of them. Inf is written as null."""
+    path = Path(path)
+    entries = [dataclasses.asdict(result) for result in results]
+    for entry in entries:
+        entry["value"] = entry["value"] if math.isfinite(entry["value"]) else None
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": VERSION, "results": entries}, indent=1, ensure_ascii=False)
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise SmeltError(f"{path}: the results cannot be written there ({error}).") from None
+
+
+def load(path: str | Path) -> list[Result]:
+    """The records of a file, or a SmeltError that says what is wrong with it."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            raise SmeltError(
+                f"{path}: results of version {found['version']}, and this smelt reads {VERSION}."
+            )
+        results = []
+        for entry in found["results"]:
+            value = math.inf if entry["value"] is None else entry["value"]
+            results.append(Result(**entry | {"value": value, "text": tuple(entry["text"])}))
+    except FileNotFoundError:
+        raise SmeltError(f"{path}: there are no such results. Check the path.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SmeltError(f"{path}: cannot be read as results ({error}).") from None
+    return results
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The records as rows of a table."""
+    return [
+        {
+            "checkpoint": result.checkpoint,
+            "task": result.task,
+            "metric": result.metric,
+            "value": result.value,
+            "± se": result.standard_error,
+            "chance": result.chance,
+            "n": result.n,
+        }
+        for result in results
+    ]
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as an aligned Markdown table; a column for every key, in the order they first appear.
+
+    Numbers are aligned to the right, floats have four significant digits, None is blank. A column
+    without any value is left out.
+    """
+    keys = list(dict.fromkeys(key for row in table for key in row))
+    keys = [key for key in keys if any(row.get(key) is not None for row in table)]
+    if not keys:
+        return ""
+    columns = []
+    for key in keys:
+        values = [row.get(key) for row in table]
+        cells = [key, *(cell(value) for value in values)]
+        width = max(3, *map(len, cells))
+        is_number = all(isinstance(v, int | float) or v is None for v in values)
+        fitted = [c.rjust(width) if is_number else c.ljust(width) for c in cells]
+        rule = "-" * (width - 1) + (":" if is_number else "-")
+        columns.append([fitted[0], rule, *fitted[1:]])
+    lines = ("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: Any) -> str:
+    """One value as a table shows it."""
+    if value is None:
+        return ""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1e4 <= abs(value) < math.inf else f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
