@@ -28,7 +28,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def write_checkpoint(folder: Path, fields: Mapping[str, Any], dtype: str, seed: int = 0) -> Path:
-    """A checkpoint of the family `fields["model_type"]` with those settings; one shard per block."""
+    """A checkpoint of the family `fields["model_type"]` with those settings, a shard per block."""
     config = CONFIG_MAPPING[fields["model_type"]](**{**fields, "dtype": dtype})
     cls = skeleton.model_class(config, str(folder), trust_remote_code=False)
     model = skeleton.build(cls, config, _DTYPES[dtype])

@@ -171,14 +171,15 @@ def tiny_config(family: str, **changes: Any) -> "PreTrainedConfig":
     return CONFIG_MAPPING[family](**settings)
 
 
-def model_class(config: "PreTrainedConfig") -> "type[PreTrainedModel]":
-    """The class with a language-model head that belongs to a configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def model_class_of(cls: "type[PreTrainedConfig]") -> "type[PreTrainedModel]":
+    """The class with a language-model head that belongs to a configuration class."""
+    import transformers as t
 
-    for auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
-        if type(config) in auto._model_mapping:
-            return auto._model_mapping[type(config)]
-    raise KeyError(config.model_type)
+    autos = (t.AutoModelForCausalLM, t.AutoModelForSeq2SeqLM, t.AutoModelForImageTextToText)
+    for auto in (*autos, t.AutoModelForMultimodalLM, t.AutoModel):
+        if cls in auto._model_mapping:
+            return auto._model_mapping[cls]
+    raise KeyError(cls)
 
 
 def random_model(
@@ -188,7 +189,7 @@ def random_model(
     import torch
 
     torch.manual_seed(seed)
-    model = model_class(config)(config).eval()
+    model = model_class_of(type(config))(config).eval()
     randomise(model)
     return model if dtype is None else model.to(dtype)
 

@@ -4,17 +4,17 @@ Settings are those of a recipe, by the same names: `compress("in", "out", keep=0
 text=["notes.txt"])`. A name that does not exist is an error that lists those that do.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from smelt.checkpoint import mapped
 from smelt.checkpoint.anatomy import dissect
 from smelt.checkpoint.describe import Description, describe
 from smelt.checkpoint.device import check_device
 from smelt.checkpoint.inputs import make_batches
+from smelt.checkpoint.sink import check_destination
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import verify as verify_files
 from smelt.compress import apply as applying
@@ -31,15 +31,11 @@ from smelt.compress.pipeline import (
     silent,
 )
 from smelt.compress.plan import Plan
-from smelt.errors import RecipeError
 from smelt.evaluate import compare as comparing
 from smelt.evaluate.compare import Compared
 from smelt.evaluate.fidelity import Fidelity, fidelity
 from smelt.evaluate.results import Result, Setting
-from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe
-
-mapped.register()
-
+from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe, nest
 
 def inspect(
     source: str | Path, *, trust_remote_code: bool = False, verify: bool = False
@@ -48,9 +44,9 @@ def inspect(
 
     No weights are read, unless `verify` compares every file with its checksum (where one is known).
 
-        import smelt
+        from smelt import api
 
-        about = smelt.inspect(source)
+        about = api.inspect(source)
         print(about.family, about.num_experts, about.bytes_by_part["experts"])
     """
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
@@ -71,9 +67,9 @@ def calibrate(
 ) -> RoutingStats:
     """The routing statistics of a checkpoint, which every plan at every ratio can be made from.
 
-        import smelt
+        from smelt import api
 
-        stats = smelt.calibrate(source, "stats", text=["python"], num_tokens=2048)
+        stats = api.calibrate(source, "stats", text=["python"], num_tokens=2048)
         print(stats.num_tokens, len(stats.layers))
 
     Args:
@@ -83,18 +79,40 @@ def calibrate(
         settings: those of `CalibrationRecipe`: text, num_tokens, sequence_length, batch_size, seed,
             chat_template, sample_tokens, input_gram.
     """
-    recipe = check_recipe(settings, CalibrationRecipe)
+    return calibrate_by(
+        source,
+        folder,
+        check_recipe(settings, CalibrationRecipe),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        verify=verify,
+        stages=stages,
+    )
+
+
+def calibrate_by(
+    source: str | Path,
+    folder: str | Path | None,
+    recipe: CalibrationRecipe,
+    *,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    verify: bool = True,
+    stages: Stages = silent,
+) -> RoutingStats:
+    """`calibrate`, its settings given as a recipe."""
     check_device(device)
-    if folder is not None and Path(folder).exists():
-        raise RecipeError(f"{folder}: exists. smelt overwrites nothing: name another folder.")
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    place = None if folder is None else check_destination(folder, checkpoint.folder)
     dissect(checkpoint)
     checkpoint.check()
     if verify:
         verify_files(checkpoint.folder, stages("verify"))
     found = run_calibration(checkpoint, recipe, device=device, progress=stages("calibrate"))
-    if folder is not None:
-        found.stats.save(folder)
+    if place is not None:
+        staging = place.with_name(place.name + ".partial")
+        found.stats.save(staging)
+        staging.replace(place)
     return found.stats
 
 
@@ -107,9 +125,9 @@ def plan(
 ) -> Plan:
     """What a compression would do to every expert, decided and not yet done; no model is run.
 
-        import smelt
+        from smelt import api
 
-        half = smelt.plan(source, stats, keep=0.5, method="reap")
+        half = api.plan(source, stats, keep=0.5, method="reap")
         print(half.predicted.bytes_after / half.predicted.bytes_before)
         half.save("plan.json")
 
@@ -117,7 +135,7 @@ def plan(
         stats: of this checkpoint, or the folder they were saved in.
         settings: those of `CompressRecipe`: experts or keep, method, form, …
     """
-    values = {"source": str(source), "output": "", **nested(settings)}
+    values = {"source": str(source), "output": "", **nest(settings)}
     recipe = check_recipe(values, CompressRecipe)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     facts = read_facts(checkpoint)
@@ -133,13 +151,14 @@ def apply(
     stats: RoutingStats | str | Path | None = None,
     workers: int | None = None,
     trust_remote_code: bool = False,
+    verify: bool = True,
     stages: Stages = silent,
 ) -> Path:
     """Carry a plan out: a new checkpoint at `destination`, which must not exist.
 
-        import smelt
+        from smelt import api
 
-        smelt.apply(source, "plan.json", "half")
+        api.apply(source, "plan.json", "half")
 
     Args:
         stats: the statistics the plan was made from. Needed for activation matching and a refitted
@@ -148,6 +167,10 @@ def apply(
     found = plan if isinstance(plan, Plan) else Plan.load(plan)
     known = None if stats is None else load_stats(stats)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    check_destination(destination, checkpoint.folder)
+    applying.check_plan(checkpoint, found, known)
+    if verify:
+        verify_files(checkpoint.folder, stages("verify"))
     documents = {} if known is None else {"README.md": model_card(checkpoint, found, known)}
     return applying.apply(
         checkpoint,
@@ -171,9 +194,9 @@ def compress(
 ) -> Path:
     """A smaller checkpoint: calibrate (unless statistics are given), plan and apply.
 
-        import smelt
+        from smelt import api
 
-        smelt.compress(source, "small", keep=0.5, num_tokens=2048)
+        api.compress(source, "small", keep=0.5, num_tokens=2048)
 
     A killed run, called again with the same arguments, goes on where it stopped.
 
@@ -184,7 +207,7 @@ def compress(
         settings: those of `CompressRecipe`, and of its `calibration` by their own names. `seed`
             sets both seeds.
     """
-    values = {**nested(settings), "source": str(source), "output": str(destination)}
+    values = {**nest(settings), "source": str(source), "output": str(destination)}
     recipe = check_recipe(values, CompressRecipe)
     return compress_by(recipe, stats=stats, verify=verify, stages=stages)
 
@@ -215,6 +238,10 @@ class Evaluation:
         rows = []
         for one, near in zip(self.compared, self.fidelity, strict=True):
             row: dict[str, Any] = dict(one.row())
+            if (bits := one.perplexity.bits_per_byte) is not None:
+                error = one.perplexity.standard_error
+                scale = bits / (one.perplexity.nats or 1.0)
+                row["± se, bits"] = None if error is None else error * scale
             if near is not None:
                 shares = [x.routing_agreement for x in near.layers]
                 known = [share for share in shares if share is not None]
@@ -240,9 +267,9 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of checkpoints side by side, and how near they stay to an original.
 
-        import smelt
+        from smelt import api
 
-        found = smelt.evaluate([source, "half"], original=source, num_tokens=2048)
+        found = api.evaluate([source, "half"], original=source, num_tokens=2048)
         for row in found.rows():
             print(row["checkpoint"], row["nats per token"], row.get("KL"))
 
@@ -270,6 +297,10 @@ def evaluate(
         device=device,
         stages=stages,
     )
+    if len({one.name for one in compared}) < len(compared):  # folders of one name: say which
+        compared = [
+            replace(one, name=str(path)) for one, path in zip(compared, paths, strict=True)
+        ]
     found = Evaluation(compared, [])
     for one, checkpoint in zip(compared, opened, strict=True):
         blocks = read_text(checkpoint, recipe)
@@ -299,13 +330,3 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> C
 def load_stats(stats: RoutingStats | str | Path) -> RoutingStats:
     """Statistics as a value: themselves, or those of a folder."""
     return stats if isinstance(stats, RoutingStats) else RoutingStats.load(stats)
-
-
-def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by plain names, those of the calibration in their group; `seed` goes to both."""
-    own = dict(settings)
-    group = dict(own.pop("calibration", {}))
-    for name in CalibrationRecipe.model_fields:
-        if name in own:
-            group[name] = own[name] if name in CompressRecipe.model_fields else own.pop(name)
-    return own | ({"calibration": group} if group else {})

@@ -35,6 +35,14 @@ def load_recipe(path: str | Path, cls: type[SettingsT], overrides: Sequence[str]
         cls: the settings the file must fit.
         overrides: as in `--set a.b=c`; the value is read as YAML (`3e-3`, `true`, `[a, b]`).
     """
+    values = read_values(path, cls)
+    for override in overrides:
+        override_value(values, override)
+    return check_recipe(values, cls, origin=str(path))
+
+
+def read_values(path: str | Path, cls: type[Settings]) -> dict[str, Any]:
+    """The settings that a YAML file spells, not yet checked against `cls`."""
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -47,9 +55,7 @@ def load_recipe(path: str | Path, cls: type[SettingsT], overrides: Sequence[str]
         raise RecipeError(f"{path}: not valid YAML ({where}). Mend the file.") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of settings. {_offer(cls, ())}")
-    for override in overrides:
-        _override(values, override)
-    return check_recipe(values, cls, origin=str(path))
+    return values
 
 
 def check_recipe(
@@ -84,8 +90,8 @@ def expand_environment(text: str) -> str:
     return re.sub(r"\$\{(\w+)\}", value, text)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place."""
+def override_value(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key in place, as `--set a.b=c` asks; the value is read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise RecipeError(f"--set {override!r}: write it as name=value or group.name=value.")
@@ -195,3 +201,16 @@ class CompressRecipe(Settings):
         if (self.experts is None) == (self.keep is None):
             raise ValueError("set either experts (a count) or keep (a share), and not both")
         return self
+
+
+def nest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a compression by plain names, those of its calibration put in their group.
+
+    `seed`, which both have, goes to both.
+    """
+    own = dict(settings)
+    group = dict(own.pop("calibration", None) or {})
+    for name in CalibrationRecipe.model_fields:
+        if name in own:
+            group[name] = own[name] if name in CompressRecipe.model_fields else own.pop(name)
+    return own | ({"calibration": group} if group else {})

@@ -106,7 +106,7 @@ def test_activation_matching_correlates_over_tokens_routed_to_either() -> None:
     stats = random_stats(E=8, D=6)
     bank = random_bank("biased", E=8, D=6, F=5)
     either = (stats.sample_choice == 1).any(1) | (stats.sample_choice == 2).any(1)
-    assert 1 < int((~(stats.sample_choice == 1).any(1) & either).sum())
+    assert int((~(stats.sample_choice == 1).any(1) & either).sum()) > 1
     x = stats.input_sample[either]
     units = torch.cat([hidden(bank, 1, x), hidden(bank, 2, x)], 1)
     expected = torch.corrcoef(units.T)[:5, 5:]

@@ -202,6 +202,16 @@ def test_layers_of_different_sizes_cannot_be_stock() -> None:
     check(facts, recipe_of(keep=0.5, form="mapped"))
 
 
+def test_a_router_that_cannot_be_refitted_is_refused_when_planned() -> None:
+    rows = torch.randn(8, 6)
+    stats = dict.fromkeys(NAMES, random_stats(router=rows))
+    refit = recipe_of(router="refit")
+    assert make_plan(facts_of(), stats, refit, router_weight=lambda name: rows).layers
+    for other in (torch.ones(8, 6), None):
+        with pytest.raises(PlanError, match="reads what its experts read"):
+            make_plan(facts_of(), stats, refit, router_weight=dict.fromkeys(NAMES, other).get)
+
+
 def test_what_is_refused_is_refused_before_statistics_are_needed() -> None:
     with pytest.raises(PlanError, match="none can be excluded"):
         check(facts_of(), recipe_of(excluded=[0]))

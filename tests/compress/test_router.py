@@ -45,10 +45,12 @@ def surprise(weight: Tensor, stats: LayerStats, labels: Tensor) -> float:
 
 def test_refit_gates_fresh_tokens_more_like_the_original_than_single_rows_or_their_means() -> None:
     # Members that answer to different inputs: what the dominant row alone knows nothing of.
-    weight = torch.randn(8, 16)
+    weight = torch.randn(8, 16) / 3
     stats = routed(weight)
     labels, dominants = torch.arange(8) % 4, torch.arange(4)
-    fitted, bias = refit(weight, None, stats, labels, dominants, scoring="softmax", top_k=2)
+    fitted, bias = refit(
+        weight, None, stats, labels, dominants, scoring="softmax", top_k=2, ridge=0.01
+    )
     assert bias is None
     torch.manual_seed(5)
     fresh = random_stats(E=8, D=16, N=2000, router=weight)
@@ -66,6 +68,14 @@ def test_refit_keeps_the_dominant_rows_where_nothing_is_better() -> None:
     torch.testing.assert_close(fitted, weight, atol=1e-4, rtol=0)
 
 
+def test_refit_of_hardly_any_tokens_is_the_dominant_rows() -> None:
+    weight = torch.randn(8, 6)
+    for num_tokens in (1, 3):
+        stats = routed(weight, num_tokens)
+        fitted, _ = refit(weight, None, stats, LABELS, DOMINANTS, scoring="softmax", top_k=2)
+        assert torch.equal(fitted, weight[DOMINANTS])
+
+
 def test_refit_of_noise_is_never_worse_than_the_dominant_rows_on_held_out_tokens() -> None:
     # Choices that no linear router of the input can know, and far more weights than tokens.
     weight = torch.randn(8, 64)
@@ -73,7 +83,9 @@ def test_refit_of_noise_is_never_worse_than_the_dominant_rows_on_held_out_tokens
     noise = torch.rand(60, 8).topk(2).indices
     stats = replace(stats, sample_choice=noise)
     labels, dominants = torch.arange(8) % 4, torch.arange(4)
-    fitted, _ = refit(weight, None, stats, labels, dominants, scoring="softmax", top_k=2)
+    fitted, _ = refit(
+        weight, None, stats, labels, dominants, scoring="softmax", top_k=2, ridge=1e-6
+    )
     held_out = torch.arange(60) // 3 % 5 == 4
     unseen = replace(
         stats,
@@ -139,6 +151,16 @@ def test_unnormalised_gates_keep_the_mass_that_they_have() -> None:
     share = stats.sample_logits.softmax(1).gather(1, stats.sample_choice)
     mass, _ = softmax_mass(replace(stats, sample_weight=2.5 * share), torch.arange(8), 8)
     torch.testing.assert_close(mass.sum(1), share.sum(1))
+
+
+def test_refit_does_not_sharpen_gates_that_are_not_normalised() -> None:
+    # Nothing is merged: the mass outside the chosen experts is what it is, not what is missing.
+    weight, alone = torch.randn(6, 6), torch.arange(6)
+    stats = routed(weight, 400)
+    share = stats.sample_logits.softmax(1).gather(1, stats.sample_choice)
+    stats = replace(stats, sample_weight=share)
+    fitted, _ = refit(weight, None, stats, alone, alone, scoring="softmax", top_k=2, ridge=1e-4)
+    torch.testing.assert_close(fitted, weight, atol=1e-3, rtol=0)
 
 
 def test_a_router_that_reads_something_else_is_refused() -> None:

@@ -16,6 +16,8 @@ from smelt.checkpoint.bind import MoeLayer, expert_axes, find_layers, set_num_ex
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError
 
+_UNBUILT = re.compile(r"(.*?\.)?mtp[^.]*\.|.*?layers\.\d+\.")
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -39,6 +41,7 @@ def dissect(checkpoint: Checkpoint) -> Anatomy:
     layers = find_layers(checkpoint.model)
     changing = _axes(checkpoint, layers)
     experts = {layer.name: _expert_names(checkpoint, layer, changing) for layer in layers}
+    _refuse_shared(checkpoint, experts)
     axes: dict[str, dict[str, int]] = {layer.name: {} for layer in layers}
     for name, axis in changing.items():
         if any(name.startswith(layer.experts + ".") for layer in layers):
@@ -63,6 +66,20 @@ def _expert_names(checkpoint: Checkpoint, layer: MoeLayer, axes: dict[str, int])
     if layer.num_stored != layer.num_experts:
         return inside
     return [n for n in inside if n in axes or n.startswith(f"{layer.experts}.expert_")]
+
+
+def _refuse_shared(checkpoint: Checkpoint, experts: dict[str, list[str]]) -> None:
+    """Two layers with the same experts cannot be grouped apart."""
+    owner: dict[str, str] = {}
+    for layer, names in experts.items():
+        for name in names:
+            other = owner.setdefault(checkpoint.stored_name(name) or name, layer)
+            if other != layer:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {other} and {layer} share their experts. smelt groups "
+                    "the experts of each layer by what that layer does, so it cannot compress such "
+                    "a model."
+                )
 
 
 def _axes(checkpoint: Checkpoint, layers: list[MoeLayer]) -> dict[str, int]:
@@ -91,13 +108,16 @@ def resized(config: PreTrainedConfig, before: int, after: int) -> PreTrainedConf
 
 
 def _mtp_keys(checkpoint: Checkpoint) -> list[str]:
-    """Keys of layers that transformers does not build and that hold experts of their own."""
-    prefixes = set()
-    for key in checkpoint.extra_keys:
-        if ".experts." in key:
-            match = re.match(r"(.*?layers\.\d+\.|.*?mtp\.)", key)
-            prefixes.add("mtp." if key.startswith("mtp.") else match[1] if match else key)
-    return [k for k in checkpoint.extra_keys if any(k.startswith(p) for p in prefixes)]
+    """Keys of layers that transformers does not build and that hold experts of their own.
+
+    Multi-token prediction, under a name of its own or as one layer more than there are.
+    """
+    extra = set(checkpoint.extra_keys)
+    used = [key for key in checkpoint.tensors if key not in extra]
+    matches = {_UNBUILT.match(key) for key in extra if ".experts." in key}
+    prefixes = {match[0] for match in matches if match}
+    unbuilt = tuple(p for p in prefixes if not any(key.startswith(p) for key in used))
+    return [key for key in checkpoint.extra_keys if key.startswith(unbuilt)]
 
 
 def num_params(checkpoint: Checkpoint, names: Iterable[str]) -> int:

@@ -64,6 +64,12 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
     Raises:
         CheckpointError: there are none: not an MoE, or a family that is not covered.
     """
+    kind = model.config.model_type
+    if kind in NOT_COVERED:
+        raise CheckpointError(
+            f"Family {kind!r} is not covered: {NOT_COVERED[kind]}. docs/add-a-family.md says how a "
+            "family is added."
+        )
     blocks = outermost_blocks(model)
     layers = [
         _describe(model, path, module, blocks)
@@ -71,12 +77,6 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
         if is_common(module) or is_module_dict(module)
     ]
     if not layers:
-        kind = model.config.model_type
-        if kind in NOT_COVERED:
-            raise CheckpointError(
-                f"Family {kind!r} is not covered: {NOT_COVERED[kind]}. docs/add-a-family.md says "
-                "how a family is added."
-            )
         counts = [getattr(model.config.get_text_config(), n, None) for n in COUNT_FIELDS]
         if any(isinstance(n, int) and n > 1 for n in counts):
             raise CheckpointError(
@@ -146,16 +146,15 @@ def _is_sigmoid(config: PreTrainedConfig, scorer: nn.Module | None) -> bool:
 
 
 def _find_router(parent: nn.Module, experts: str, num_experts: int) -> str | None:
-    """The child that scores the experts: one with a matrix of a row per expert."""
-    candidates = [
-        name
-        for name, child in parent.named_children()
-        if name != experts
-        and "shared" not in name
-        and any(p.dim() == 2 and p.shape[0] == num_experts for p in child.parameters())
-    ]
-    named = [n for n in candidates if n in ("gate", "router")]
-    return next(iter(named or candidates), None)
+    """The child that scores the experts: `gate` or `router`, or one with a row per expert."""
+    children = {n: c for n, c in parent.named_children() if n != experts and "shared" not in n}
+
+    def has_rows(name: str, least: int, most: int) -> bool:
+        return any(p.dim() == 2 and least <= p.shape[0] <= most for p in children[name].parameters())
+
+    # A router may score a few things more than the experts: shared ones, or doing nothing.
+    named = [n for n in ("gate", "router") if n in children and has_rows(n, num_experts, 1 << 30)]
+    return next(iter(named + [n for n in children if has_rows(n, num_experts, num_experts)]), None)
 
 
 def set_num_experts(config: PreTrainedConfig, before: int, after: int) -> PreTrainedConfig:
@@ -259,15 +258,17 @@ def _join(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
     """f(e, x): what expert e of a module with weights makes of tokens x, before routing weights."""
-    if is_module_dict(module):
-        return lambda e, x: module.get_submodule(f"expert_{e}")(x)  # type: ignore[no-any-return]
     m: Any = module
+    stored = m.expert_map.tolist() if hasattr(m, "expert_map") else range(m.num_experts)
+    if is_module_dict(module):
+        return lambda e, x: m[f"expert_{stored[e]}"](x)  # type: ignore[no-any-return]
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None, e: int) -> Tensor:
         matrix = weight[e].T if m.is_transposed else weight[e]
         return linear(x, matrix, None if bias is None else bias[e])
 
-    def run(e: int, x: Tensor) -> Tensor:
+    def run(expert: int, x: Tensor) -> Tensor:
+        e = stored[expert]
         if m.has_gate:
             bias = m.gate_up_proj_bias if m.has_bias else None
             h = m._apply_gate(project(x, m.gate_up_proj, bias, e))

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from smelt.checkpoint.anatomy import Anatomy, dissect, num_params
 from smelt.checkpoint.bind import MoeLayer, is_module_dict
@@ -132,10 +133,10 @@ def _bytes_by_part(checkpoint: Checkpoint, anatomy: Anatomy) -> dict[str, int]:
     return parts
 
 
-def _module_parts(model: nn.Module) -> dict[str, str]:
+def _module_parts(model: PreTrainedModel) -> dict[str, str]:
     """The part that a module and all below it belong to, told by its class or its name."""
     found = {}
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings()
     for name, module in model.named_modules():
         kind, leaf = type(module).__name__.lower(), name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) or module is output:

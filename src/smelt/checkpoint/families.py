@@ -22,13 +22,17 @@ MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 """Fields that count multi-token-prediction layers; set to 0 when those layers are dropped."""
 
 NOT_COVERED = {
+    "dbrx": "its experts lie flat in one matrix",
+    "diffusion_gemma": "its encoder and decoder share their experts",
+    "doge": "its experts are product-key embeddings",
+    "ernie4_5_vl_moe": "half of its experts see only images, and smelt calibrates on text",
+    "jetmoe": "its attention has experts too",
     "llama4": "its router scales the expert's input",
     "llama4_text": "its router scales the expert's input",
-    "dbrx": "its experts lie flat in one matrix",
-    "jetmoe": "its attention has experts too",
     "longcat_flash": "it has identity experts that cannot merge",
     "nllb-moe": "its experts have layouts of their own",
-    "doge": "its experts are product-key embeddings",
+    "qwen3_omni_moe": "the whole of it has no forward; its thinker can be compressed on its own",
+    "step3p5": "its experts lie outside the common contract",
     "step3p7": "its experts lie outside the common contract",
 }
-"""Families with experts that smelt does not read yet, and why."""
+"""Families with experts that smelt does not read yet, by model type, and why."""

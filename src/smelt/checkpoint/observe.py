@@ -68,18 +68,18 @@ def _lift_capacity(model: nn.Module, layer: MoeLayer) -> Callable[[], None]:
 
 
 def _logits(output: Any, num_experts: int) -> Tensor:
-    """The scores per expert in what a router returned: its first [.., E] float tensor."""
+    """The scores per expert in what a router returned: its first [.., E] float tensor.
+
+    Or its first float tensor, cut to E columns, where it scores a few things more than the experts.
+    """
     parts = output if isinstance(output, (tuple, list)) else [output]
-    found = [
-        p
-        for p in parts
-        if isinstance(p, Tensor) and p.is_floating_point() and p.shape[-1] == num_experts
-    ]
-    if not found:
-        raise CalibrationError("The router returns no score per expert; its family needs an entry.")
-    flat: list[Tensor] = [p.reshape(-1, num_experts) for p in found]
+    floats = [p for p in parts if isinstance(p, Tensor) and p.is_floating_point()]
     # Switch returns (one-hot ids, probability, logits): ids are integers, so the rule holds there too.
-    return flat[0]
+    exact = [p for p in floats if p.shape[-1] == num_experts]
+    wider = [p[..., :num_experts] for p in floats[:1] if p.shape[-1] > num_experts]
+    if not exact + wider:
+        raise CalibrationError("The router returns no score per expert; its family needs an entry.")
+    return (exact + wider)[0].reshape(-1, num_experts)
 
 
 def _observed(
@@ -91,13 +91,14 @@ def _observed(
     sums: Accumulator,
 ) -> Tensor:
     num_tokens, num_choices = routing.choice.shape
-    num_stored = layer.num_stored
+    num_experts = layer.num_experts
     real, sampled = rows()
-    flat = routing.choice.reshape(-1)
+    # A weight of 0 is how a router says that it wants no expert (Zaya): not a use of any.
+    flat = routing.choice.masked_fill(routing.weight == 0, num_experts).reshape(-1)
     sorted_ids, order = torch.sort(flat, stable=True)
     token = order // num_choices
     edges = torch.searchsorted(
-        sorted_ids, torch.arange(num_stored + 1, device=flat.device)
+        sorted_ids, torch.arange(num_experts + 1, device=flat.device)
     ).tolist()
     is_real = None
     if real is not None:
@@ -108,10 +109,10 @@ def _observed(
     out = x.new_empty(flat.shape[0], x.shape[-1], dtype=torch.promote_types(x.dtype, gate.dtype))
     out[stop:] = 0
     norm = torch.empty(stop, dtype=torch.float32, device=x.device)
-    totals = torch.zeros(num_stored, x.shape[-1], dtype=torch.float32, device=x.device)
+    totals = torch.zeros(num_experts, x.shape[-1], dtype=torch.float32, device=x.device)
     run = expert_function(experts)
     gathered = x[token]
-    for expert in range(num_stored):
+    for expert in range(num_experts):
         start, end = edges[expert], edges[expert + 1]
         if start == end:
             continue

@@ -262,6 +262,12 @@ def mapped_config(
     config = plain_config(source.config_dict, without_mtp=without_mtp)
     module = mapped.FILE_NAME.removesuffix(".py")
     base = mapped.config_class(config["model_type"])
+    autos = mapped.auto_classes(base)
+    if not autos:
+        raise CheckpointError(
+            f"{source.folder}: {source.cls.__name__} is no language model that transformers' Auto "
+            "classes know, so the mapped form cannot hold it. Use form: stock or expanded."
+        )
     return config | {
         "model_type": mapped.SmeltMappedConfig.model_type,
         "base_model_type": config["model_type"],
@@ -269,7 +275,7 @@ def mapped_config(
         "architectures": [f"SmeltMapped{source.cls.__name__}"],
         "mapped_experts": dict(stored),
         "auto_map": {"AutoConfig": f"{module}.SmeltMappedConfig"}
-        | {auto: f"{module}.SmeltMappedModel" for auto in mapped.auto_classes(base)},
+        | {auto: f"{module}.SmeltMappedModel" for auto in autos},
     }
 
 

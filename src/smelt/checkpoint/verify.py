@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint hold the bytes that their source gave them, where that is known.
+"""Whether the weight files of a checkpoint hold the bytes that they should, where that is known.
 
 A flipped bit in a weight is a weight like any other: only a checksum from elsewhere tells. There is
 one in smelt's own outputs, in the hub's cache (a file is named by its SHA-256) and in a folder that
@@ -20,7 +20,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def known_sums(folder: Path) -> dict[str, str]:
-    """The SHA-256 that each weight file should have, by file name; those nobody noted are left out."""
+    """The SHA-256 that each weight file should have, by name; those nobody noted are left out."""
     own = _own_sums(folder / SUMS)
     sums = {}
     for file in sorted(folder.glob("*.safetensors")):

@@ -79,8 +79,7 @@ class Compressor:
         module = self.checkpoint.model.get_submodule(layer.experts)
         bank = read_bank(module, layer.experts, self.checkpoint.read)
         for name, tensor in bank.tensors().items():
-            # A sum is not finite when any term is not; nearly free beside reading the weights.
-            if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+            if not all(map(_is_finite, tensor)):
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {layer.experts} has NaN or Inf in {name}. The "
                     "weights are damaged or training diverged: there is nothing sound to merge."
@@ -127,7 +126,8 @@ class Compressor:
     ) -> dict[str, Tensor]:
         """Router rows, biases and selection biases of the groups."""
         axes = self.facts.anatomy.axes[layer.name]
-        values = {name: self.checkpoint.read(name).movedim(axis, 0) for name, axis in axes.items()}
+        whole = {name: self.checkpoint.read(name).movedim(axis, 0) for name, axis in axes.items()}
+        values = {name: value[: layer.num_experts] for name, value in whole.items()}
         is_fitted = plan.router in REFITS
         rule = find(ROUTERS, "dominant" if is_fitted else plan.router, "router")
         rows = {name: rule(value, labels, dominants) for name, value in values.items()}
@@ -145,7 +145,16 @@ class Compressor:
             rows[weight] = fitted
             if bias is not None and fitted_bias is not None:
                 rows[bias] = fitted_bias
+        # What a router scores beside the experts (shared ones, doing nothing) follows them and stays.
+        rows = {name: torch.cat([row, whole[name][layer.num_experts :]]) for name, row in rows.items()}
         return {name: row.movedim(0, axes[name]).contiguous() for name, row in rows.items()}
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every element is finite. One expert at a time: nothing of a bank's size is made."""
+    # A sum is not finite when a term is not, and is read at the speed of memory; a sum of finite
+    # float16 may overflow, so only then is every element looked at.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _needed(stats: LayerStats | None, what: str) -> LayerStats:
@@ -176,6 +185,7 @@ def apply(
     facts = facts or read_facts(checkpoint)
     check_plan(checkpoint, plan, stats)
     checkpoint.check()
+    new_config(checkpoint, facts, plan)  # refuses what cannot be written before anything is
     key = run_key(checkpoint, plan)
     sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
     stages = stage_names(checkpoint)

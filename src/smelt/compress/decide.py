@@ -22,6 +22,7 @@ from smelt.compress.merge import MERGES
 from smelt.compress.methods import Method, resolve
 from smelt.compress.plan import LayerFacts, LayerPlan, Plan
 from smelt.compress.predict import layer_bytes, predict
+from smelt.compress.refit import REFITS, check_readable
 from smelt.compress.similarity import Evidence, find_similarity
 from smelt.errors import PlanError
 from smelt.experts import ExpertBank
@@ -69,6 +70,8 @@ def make_plan(
             None if router_weight is None else router_weight(layer.name),
             layer_seed(recipe.seed, position),
         )
+        if method.router in REFITS and recipe.form == "stock" and router_weight is not None:
+            check_readable(evidence.router_weight, evidence.stats)
         layers.append(
             _decided_plan(layer, recipe.form, method, kept, protected[position], evidence)
         )

@@ -28,12 +28,18 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     blocks = [name for name in checkpoint.blocks if name]
     layers = []
     belonging: set[str] = set()
+    beside_params = beside_bytes = 0  # what routers score beside the experts
     for layer in anatomy.layers:
-        experts, axes = anatomy.experts[layer.name], list(anatomy.axes[layer.name])
+        experts, axes = anatomy.experts[layer.name], anatomy.axes[layer.name]
         stored = [n for n in experts if not n.endswith(".expert_map")]
         module = checkpoint.model.get_submodule(layer.experts)
         bank = read_bank(module, layer.experts, checkpoint.state.__getitem__)
         belonging.update(experts, axes)
+        rows = {name: checkpoint.state[name].shape[axis] for name, axis in axes.items()}
+        row_params = sum(num_params(checkpoint, [name]) // n for name, n in rows.items())
+        row_bytes = sum(stored_bytes(checkpoint, [name]) // n for name, n in rows.items())
+        beside_params += num_params(checkpoint, axes) - layer.num_experts * row_params
+        beside_bytes += stored_bytes(checkpoint, axes) - layer.num_experts * row_bytes
         layers.append(
             LayerFacts(
                 name=layer.name,
@@ -44,8 +50,8 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
                 hidden_size=bank.hidden_size,
                 expert_params=sum(t[0].numel() for t in bank.tensors().values()),
                 expert_bytes=stored_bytes(checkpoint, stored) // layer.num_stored,
-                num_router_params=num_params(checkpoint, axes) // layer.num_experts,
-                router_bytes=stored_bytes(checkpoint, axes) // layer.num_experts,
+                num_router_params=row_params,
+                router_bytes=row_bytes,
                 map_bytes=4,
                 n_group=layer.n_group,
                 topk_group=layer.topk_group,
@@ -58,8 +64,8 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     return Facts(
         anatomy,
         layers,
-        num_params(checkpoint, others),
-        stored_bytes(checkpoint, others) + extra_bytes,
+        num_params(checkpoint, others) + beside_params,
+        stored_bytes(checkpoint, others) + beside_bytes + extra_bytes,
     )
 
 
@@ -83,7 +89,8 @@ def router_reader(checkpoint: Checkpoint, facts: Facts) -> Callable[[str], Tenso
         if by_name[name].router is None or not axes:
             return None
         shapes = {n: checkpoint.state[n] for n in axes}
-        return checkpoint.read(router_names(by_name[name], shapes)[0])
+        rows = checkpoint.read(router_names(by_name[name], shapes)[0])
+        return rows[: by_name[name].num_experts]
 
     return read
 

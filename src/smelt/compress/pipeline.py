@@ -1,4 +1,4 @@
-"""From a recipe to a compressed checkpoint: open, calibrate, plan, apply. What the commands call."""
+"""From a recipe to a compressed checkpoint: open, calibrate, plan, apply. Commands call this."""
 
 import warnings
 from collections.abc import Callable

@@ -1,0 +1,20 @@
+"""The commands and their order."""
+
+import typer
+
+from smelt.cli.compressing import apply, calibrate, compress, plan
+from smelt.cli.demo import demo
+from smelt.cli.measuring import evaluate, inspect
+from smelt.cli.training import train
+
+app = typer.Typer(
+    name="smelt",
+    help="Make mixture-of-experts checkpoints small: merge or drop experts, and measure the cost.",
+    epilog="Start with: smelt demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # an unforeseen error is ours: its traceback stays as it is
+    rich_markup_mode="rich",
+)
+for command in (demo, inspect, compress, evaluate, calibrate, plan, apply, train):
+    app.command()(command)

@@ -1,0 +1,262 @@
+"""The commands that compress: `compress`, and its steps `calibrate`, `plan` and `apply`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smelt.cli import options
+from smelt.cli.screen import Screen, counts, disk_bytes, keeping, number, size
+from smelt.errors import PlanError, RecipeError
+
+Experts = Annotated[int | None, typer.Option("--experts", help="Experts kept per layer.")]
+Keep = Annotated[float | None, typer.Option("--keep", help="Or the share of them: 0.5.")]
+Method = Annotated[
+    str | None,
+    typer.Option("--method", help="m-smoe, frequency, ean, reap, or module:function."),
+]
+Sequential = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--one-shot", help="Decide later layers on what the compressed ones say."
+    ),
+]
+
+
+def compress(
+    source: Annotated[
+        str | None, typer.Argument(help="A checkpoint folder, or a hub id such as org/name.")
+    ] = None,
+    destination: Annotated[str | None, typer.Argument(help="The folder to make.")] = None,
+    experts: Experts = None,
+    keep: Keep = None,
+    recipe: options.RecipeFile = None,
+    method: Method = None,
+    form: options.Form = None,
+    text: options.Texts = None,
+    tokens: options.Tokens = None,
+    sequential: Sequential = None,
+    stats: options.Stats = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    workers: options.Workers = None,
+    settings: options.Sets = None,
+    verify: options.Verify = True,
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make a smaller checkpoint: calibrate, plan and apply in one go.
+
+    A run that was killed goes on where it stopped when the same command is given again.
+
+    Example: smelt compress Qwen3-30B-A3B small --experts 64
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    given = {
+        "source": source,
+        "output": destination,
+        "experts": experts,
+        "keep": keep,
+        "method": method,
+        "form": form,
+        "text": text,
+        "num_tokens": tokens,
+        "sequential": sequential,
+        "seed": seed,
+        "device": device,
+        "workers": workers,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    made = options.compress_recipe(recipe, given, settings)
+    from smelt.api import compress_by
+
+    with keeping(made.output), screen.watching() as stages:
+        folder = compress_by(made, stats=stats, verify=verify, stages=stages)
+    _report(screen, made.source, folder, made.output)
+
+
+def calibrate(
+    source: options.Source,
+    stats: Annotated[str, typer.Argument(help="The folder to make, for the statistics.")],
+    text: options.Texts = None,
+    tokens: options.Tokens = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    settings: options.Sets = None,
+    verify: options.Verify = True,
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the model over some text once, and keep what its routers and experts did.
+
+    Every plan, at any ratio and by any method, is then made from the statistics in seconds.
+
+    Example: smelt calibrate Qwen3-30B-A3B stats --text notes/ --tokens 100000
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    recipe = options.text_recipe({"text": text, "num_tokens": tokens, "seed": seed}, settings)
+    from smelt.api import calibrate_by
+
+    with screen.watching() as stages:
+        found = calibrate_by(
+            source,
+            stats,
+            recipe,
+            device=device or "cpu",
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            stages=stages,
+        )
+    least = [int(layer.count.min()) for layer in found.layers.values()]
+    value = {
+        "statistics": str(stats),
+        "tokens": found.num_tokens,
+        "layers": len(found.layers),
+        "fewest_tokens_of_an_expert": least,
+        "sha256": found.sha256,
+        "seconds": screen.seconds,
+    }
+    screen.result(
+        value,
+        f"{found.num_tokens:,} tokens through {len(found.layers)} MoE layers in "
+        f"{screen.seconds} s; the least used expert saw {min(least):,}.\n"
+        f"Statistics: {stats}\n\n"
+        f"Next:  smelt plan {source} --stats {stats} --keep 0.75 --keep 0.5 --keep 0.25\n"
+        f"       smelt compress {source} OUT --keep 0.5 --stats {stats}",
+    )
+
+
+def plan(
+    source: options.Source,
+    stats: Annotated[str, typer.Option("--stats", help="Statistics from `smelt calibrate`.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Save the plan; several plans: a folder of them."),
+    ] = None,
+    experts: Annotated[
+        list[int] | None, typer.Option("--experts", help="Experts kept per layer. Repeat.")
+    ] = None,
+    keep: Annotated[
+        list[float] | None, typer.Option("--keep", help="Or the share of them. Repeat.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="A method, as in compress. Repeat.")
+    ] = None,
+    form: Annotated[
+        list[str] | None, typer.Option("--form", help="stock, mapped or expanded. Repeat.")
+    ] = None,
+    recipe: options.RecipeFile = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also each layer's output error, on the stored inputs."),
+    ] = False,
+    settings: options.Sets = None,
+    workers: options.Workers = None,
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Decide what becomes of every expert, and what that would save; nothing is written but plans.
+
+    Several --keep, --experts, --method or --form make a table with a row for each combination.
+
+    Example: smelt plan SRC --stats stats --keep 0.75 --keep 0.5 --method m-smoe --method reap
+    """
+    from smelt.cli.planning import candidates, plan_all, report
+
+    screen = Screen(as_json=as_json, quiet=quiet)
+    if output is not None and output.exists():
+        raise RecipeError(f"{output}: exists. smelt overwrites nothing: name another place.")
+    common = {
+        "source": source,
+        "output": "-",  # a plan is for any destination
+        "workers": workers,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    wanted = candidates(
+        {"experts": experts, "keep": keep, "method": method, "form": form},
+        lambda given: options.compress_recipe(recipe, {**common, **given}, settings),
+    )
+    found = plan_all(source, stats, wanted, measure=measure, screen=screen)
+    report(found, source=source, stats=stats, output=output, screen=screen)
+
+
+def apply(
+    source: options.Source,
+    plan: Annotated[Path, typer.Argument(help="A plan from `smelt plan`.")],
+    destination: Annotated[str, typer.Argument(help="The folder to make.")],
+    stats: options.Stats = None,
+    workers: options.Workers = None,
+    verify: options.Verify = True,
+    trust_remote_code: options.Trust = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Carry out a plan.
+
+    Example: smelt apply SRC plan.json small --stats stats
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    from smelt import api
+
+    with keeping(destination), screen.watching() as stages:
+        folder = api.apply(
+            source,
+            plan,
+            destination,
+            stats=stats,
+            workers=workers,
+            trust_remote_code=trust_remote_code,
+            verify=verify,
+            stages=stages,
+        )
+    _report(screen, source, folder, destination)
+
+
+def _report(screen: Screen, source: str, folder: Path, shown: str) -> None:
+    """What was done, by the plan in the new folder."""
+    try:
+        done = json.loads((folder / "smelt" / "plan.json").read_text(encoding="utf-8"))
+        text = (folder / "smelt" / "provenance.json").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{folder}: its plan cannot be read ({error}).") from None
+    predicted, layers = done["predicted"], done["layers"]
+    value: dict[str, Any] = {
+        "output": str(folder),
+        "form": done["form"],
+        "method": done["recipe"]["method"],
+        "experts_before": [layer["num_experts"] for layer in layers],
+        "experts_after": [layer["num_groups"] for layer in layers],
+        **{key: predicted[key] for key in ("params_before", "params_after")},
+        **{key: predicted[key] for key in ("bytes_before", "bytes_after")},
+        "bytes_on_disk": disk_bytes(folder),
+        "dropped": json.loads(text).get("dropped", []),
+        "seconds": screen.seconds,
+    }
+    screen.result(value, _words(value, source, shown))
+
+
+def _words(value: dict[str, Any], source: str, folder: str) -> str:
+    verb = "kept" if value["method"] in ("frequency", "ean", "reap") else "merged into"
+    before, after = value["bytes_before"], value["bytes_after"]
+    experts = (
+        f"{counts(value['experts_before'])} experts in each of {len(value['experts_before'])} "
+        f"layers, {verb} {counts(value['experts_after'])}"
+    )
+    sizes = (
+        f"{size(before)} → {size(after)} of weights ({after / before:.0%}), "
+        f"{number(value['params_before'])} → {number(value['params_after'])} parameters, "
+        f"in {value['seconds']} s"
+    )
+    lines = [f"{experts} ({value['method']}, {value['form']} form)", sizes, f"Written to {folder}"]
+    if value["dropped"]:
+        lines.append(f"Left out: {len(value['dropped'])} tensors of multi-token-prediction layers")
+    lines += [
+        "",
+        f"Next:  smelt evaluate {source} {folder} --original {source}",
+        f"       smelt inspect {folder}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,132 @@
+"""Every experts class that transformers has with the common contract: all but a named few work."""
+
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+import checkpoints
+import every_family
+from checkpoint.test_families import batches_of, compress, logits_of
+from every_family import ExpertsClass
+from smelt.checkpoint import mapped
+from smelt.checkpoint.bind import MoeLayer, find_layers
+from smelt.checkpoint.families import NOT_COVERED
+from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.walk import Walk
+from smelt.compress.calibrate import Collector, calibrate
+from smelt.compress.facts import read_facts
+from smelt.errors import CheckpointError
+
+TABLE = Path(__file__).parents[2] / "docs" / "families.md"
+CLASSES = every_family.experts_classes()
+BY_NAME = {each.name: each for each in CLASSES}
+WORKING = [name for name in BY_NAME if name not in every_family.NOT_WORKING]
+
+
+def tiny_model(experts: ExpertsClass) -> PreTrainedModel:
+    """A random model that holds experts of this class."""
+    for cls in experts.models():
+        config = every_family.tiny_config(cls.config_class)
+        with torch.device("meta"):
+            modules = cls(config).modules()
+        if any(type(module).__name__ == experts.name for module in modules):
+            model = cls(config).eval()
+            checkpoints.randomise(model)
+            return model
+    raise AssertionError(f"no model of {experts.module} holds {experts.name}")
+
+
+@pytest.mark.parametrize("name", WORKING)
+def test_a_family_with_the_contract_works_end_to_end(name: str, tmp_path: Path) -> None:
+    mapped.register()
+    model = tiny_model(BY_NAME[name])
+    model.save_pretrained(tmp_path / "source")
+    plain = type(model).from_pretrained(tmp_path / "source").eval()
+    checkpoint = Checkpoint.open(tmp_path / "source")
+    checkpoint.check()
+    facts = read_facts(checkpoint)
+    for layer in facts.anatomy.layers:
+        agrees_with_its_router(layer, plain)
+
+    inputs = [checkpoints.random_inputs(checkpoint.config, seed=seed) for seed in (0, 1)]
+    batches = batches_of(inputs)
+    collector = Collector(facts.anatomy.layers, batches, 10, 0, input_gram=False)
+    for index, output in Walk(checkpoint, inputs).run(collector.watching):
+        expected = logits_of(plain, inputs[index])
+        torch.testing.assert_close(output.logits, expected, atol=1e-4, rtol=1e-4)
+
+    stats = calibrate(checkpoint, batches, text="t", sample_tokens=100)
+    stock, plan = compress(
+        checkpoint, stats, facts, tmp_path / "stock", {"form": "stock", "experts": 4}
+    )
+    small, info = type(model).from_pretrained(stock, output_loading_info=True)
+    assert not any(info.values()), info
+    assert {layer.num_experts for layer in find_layers(small)} == {4}
+    assert logits_of(small.eval(), inputs[0]).isfinite().all()
+    written = Checkpoint.open(stock)
+    assert plan.predicted.bytes_after == sum(t.num_bytes for t in written.tensors.values())
+
+    if name not in every_family.STOCK_ONLY:
+        settings = {"experts": 4, "method": "m-smoe"}
+        folders = [
+            compress(checkpoint, stats, facts, tmp_path / form, {"form": form, **settings})[0]
+            for form in ("mapped", "expanded")
+        ]
+        few, all_ = (Checkpoint.open(folder).cls.from_pretrained(folder) for folder in folders)
+        found, expected = (logits_of(each.eval(), inputs[0]) for each in (few, all_))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def agrees_with_its_router(layer: MoeLayer, model: PreTrainedModel) -> None:
+    """What is said of the scores and groups of a layer is what its router's source does."""
+    assert layer.router is not None
+    router = model.get_submodule(layer.router)
+    source = inspect.getsource(type(router))
+    kinds = {kind for kind in ("softmax", "sigmoid") if kind in source}
+    if len(kinds) == 1 and "topk_method" not in source:
+        assert layer.is_softmax == ("softmax" in kinds)
+    limits = "self.num_group" in source and getattr(router, "topk_method", "") != "greedy"
+    assert (layer.n_group, layer.min_per_group) == ((2, 2) if limits else (1, 1))
+
+
+@pytest.mark.parametrize("name", sorted(every_family.STOCK_ONLY))
+def test_a_family_that_the_mapped_form_cannot_hold_is_refused(name: str, tmp_path: Path) -> None:
+    mapped.register()
+    model = tiny_model(BY_NAME[name])
+    model.save_pretrained(tmp_path / "source")
+    checkpoint = Checkpoint.open(tmp_path / "source")
+    facts = read_facts(checkpoint)
+    batches = batches_of([checkpoints.random_inputs(checkpoint.config)])
+    stats = calibrate(checkpoint, batches, text="t", sample_tokens=100)
+    with pytest.raises(CheckpointError, match="mapped form"):
+        compress(checkpoint, stats, facts, tmp_path / "out", {"form": "mapped", "experts": 4})
+    assert not (tmp_path / "out").exists()
+
+
+def test_at_least_fifty_classes_work_and_the_rest_are_named() -> None:
+    rest = {name: reason for name, reason in every_family.NOT_WORKING.items() if name in BY_NAME}
+    assert set(rest) == set(every_family.NOT_WORKING), "a class named here is gone from the library"
+    assert all(rest.values())
+    assert len(WORKING) >= 50, f"{len(WORKING)} of {len(CLASSES)} work; not: {rest}"
+
+
+@pytest.mark.parametrize("kind", sorted(NOT_COVERED))
+def test_a_family_outside_the_contract_is_refused_with_its_reason(kind: str) -> None:
+    cls = checkpoints.model_class_of(CONFIG_MAPPING[kind])
+    with torch.device("meta"):
+        model = cls(every_family.tiny_config(CONFIG_MAPPING[kind]))
+    with pytest.raises(CheckpointError, match=NOT_COVERED[kind].split(",")[0]) as refused:
+        find_layers(model)
+    assert repr(kind) in str(refused.value)
+
+
+def test_the_table_in_docs_is_what_is_tested() -> None:
+    """SMELT_WRITE_TABLES=1 writes it."""
+    table = every_family.table(CLASSES)
+    if os.environ.get("SMELT_WRITE_TABLES"):
+        TABLE.write_text(table, encoding="utf-8")
+    assert TABLE.read_text(encoding="utf-8") == table
