@@ -28,11 +28,11 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from _checkpoints import qwen3, write_checkpoint
-from _report import machine, save, show, times
-from transformers import AutoModel
+from transformers import CONFIG_MAPPING, AutoModel
 from transformers.utils.logging import disable_progress_bar
 
+from _checkpoints import qwen3, write_checkpoint
+from _report import machine, save, show, times
 from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.align import pairs
@@ -56,8 +56,8 @@ PHASES = {
     "statistics": [("compress.pipeline", "run_calibration")],
     "reading": [("checkpoint.source", "Checkpoint.read"), ("checkpoint.sink", "raw")],
     "plan": [("compress.pipeline", "run_plan")],
-    "check for NaN": [("compress.apply", "Compressor._bank")],
-    "cost matrices": [("compress.align", "weight_cost"), ("compress.align", "_negated")],
+    "check for NaN": [("compress.apply", "Compressor.bank")],
+    "cost matrices": [("compress.apply", "weight_cost"), ("compress.align", "_negated")],
     "assignments": [("compress.align", "linear_sum_assignment")],
     "merging": [("compress.apply", "merge_groups")],
     "layout": [("compress.apply", "write_bank"), ("compress.apply", "encode")],
@@ -197,14 +197,14 @@ def statistics(
 def whole(
     fields: dict[str, Any], tokens: int, repeats: int, now: Callable[[], float]
 ) -> dict[str, Any]:
-    """A compression by phase, and its floor by part."""
+    """A compression by phase, and its floor by part, in turns."""
     with tempfile.TemporaryDirectory(prefix="smelt-speed-") as temporary:
         folder = Path(temporary)
-        source = write_checkpoint(folder / "source", fields, "bfloat16")
+        source, out = write_checkpoint(folder / "source", fields, "bfloat16"), folder / "out"
         calibration = CalibrationRecipe(num_tokens=tokens)
         recipe = CompressRecipe(
             source=str(source),
-            output=str(folder / "out"),
+            output=str(out),
             experts=fields["num_experts"] // 2,
             calibration=calibration,
             workers=1,
@@ -212,22 +212,128 @@ def whole(
         checkpoint = Checkpoint.open(source)
         batches = make_batches(checkpoint, read_text(checkpoint, calibration), 8)
         forward = plain_forward(source, batches)
-        run_compress(recipe)
-        plan = Plan.load(folder / "out/smelt/plan.json")
+        forward()
+        run_compress(recipe)  # warms up, and leaves what the floor writes a copy of
+        num_gemms = count_gemms(Plan.load(out / "smelt/plan.json"))
         turns = []
         for _ in range(repeats):
-            parts = {"forward": timed(now, forward)}
-            parts |= copying(source, folder / "out", folder / "copy", now)
-            shutil.rmtree(folder / "out")
+            floor = {"forward": timed(now, forward)}
+            floor |= copying(source, out, folder / "copy", now)
+            floor["GEMMs"] = num_gemms * gemm_seconds(fields, now)
+            shutil.rmtree(out)
             clock = Clock(now)
-            parts["ours"] = timed(now, lambda c=clock: watched(c, recipe))
-            parts["assignments"] = clock.seconds["assignments"]
-            turns.append({"floor": parts, "phases": dict(clock.seconds)})
-        gemms = sum(3 * len(pairs(_labels(p), _dominants(p))) for p in plan.layers)
-        gemm = gemm_seconds(plan.recipe_shape if False else fields, now)
-    for turn in turns:
-        turn["floor"]["GEMMs"] = gemms * gemm
-        ours = turn["floor"].pop("ours")
-        turn["seconds"] = ours
-        turn["ratio"] = ours / sum(turn["floor"].values())
-    return {"tokens": tokens, "num_gemms": gemms, "turns": turns}
+            with clock.watching(PHASES):
+                seconds = timed(now, lambda: run_compress(recipe))
+            floor["assignments"] = clock.seconds["assignments"]
+            phases = dict(clock.seconds)
+            phases["the rest"] = seconds - sum(phases.values())
+            turns.append(
+                {
+                    "seconds": seconds,
+                    "ratio": seconds / sum(floor.values()),
+                    "floor": floor,
+                    "phases": phases,
+                }
+            )
+    return {"tokens": tokens, "num_gemms": num_gemms, "turns": turns}
+
+
+def copying(
+    source: Path, out: Path, copy: Path, now: Callable[[], float], chunk: int = 1 << 24
+) -> dict[str, float]:
+    """A plain read of the source's shards, and a plain write of as many bytes as `out` has."""
+    buffer = bytearray(chunk)
+
+    def read() -> None:
+        for file in source.glob("*.safetensors"):
+            with file.open("rb", buffering=0) as handle:
+                while handle.readinto(buffer):
+                    pass
+
+    def write() -> None:
+        for file in out.glob("*.safetensors"):
+            with (copy / file.name).open("wb", buffering=0) as handle:
+                left = file.stat().st_size
+                while left > 0:
+                    left -= handle.write(memoryview(buffer)[: min(left, chunk)])
+                os.fsync(handle.fileno())
+
+    copy.mkdir()
+    seconds = {"reading": timed(now, read), "writing": timed(now, write)}
+    shutil.rmtree(copy)
+    return seconds
+
+
+def count_gemms(plan: Plan) -> int:
+    """Products [F, D] · [D, F] that the cost matrices of a plan need: up, gate and down each."""
+    return sum(
+        3 * len(pairs(torch.tensor(layer.labels), torch.tensor(layer.dominants)))
+        for layer in plan.layers
+    )
+
+
+def gemm_seconds(fields: dict[str, Any], now: Callable[[], float], repeats: int = 20) -> float:
+    """One such product in float32 on this machine, contiguous operands."""
+    config = CONFIG_MAPPING[fields["model_type"]](**fields)
+    F, D = config.moe_intermediate_size, config.hidden_size
+    a, b, out = torch.randn(F, D), torch.randn(D, F), torch.empty(F, F)
+    torch.mm(a, b, out=out)
+    return timed(now, lambda: [torch.mm(a, b, out=out) for _ in range(repeats)]) / repeats
+
+
+def report_statistics(results: list[dict[str, Any]]) -> None:
+    rows = []
+    for r in results:
+        plain = times(r["seconds"]["plain forward"])
+        for name in ("statistics", "with the Gram"):
+            ours = times(r["seconds"][name])
+            ratio = r["ratio"][name]
+            reading = f"{min(r['reading']):.2f} s" if name == "statistics" else ""
+            cells = (f"{plain['min']:.2f} / {plain['median']:.2f} s",)
+            cells += (f"{ours['min']:.2f} / {ours['median']:.2f} s", reading)
+            rows.append((r["dtype"], name, *cells, ratio["min"], ratio["median"]))
+    header = ("dtype", "pass", "plain forward", "ours", "of which reading", "÷ min", "÷ median")
+    show(f"Statistics, {results[0]['tokens']} tokens, min / median (bound 1.25)", header, rows)
+
+
+def report_whole(result: dict[str, Any]) -> None:
+    turns = result["turns"]
+    for title, part in (("Floor", "floor"), ("One-shot compression", "phases")):
+        names = list(turns[0][part])
+        rows = [(n, *_span([t[part].get(n, 0.0) for t in turns])) for n in names]
+        rows.sort(key=lambda row: -row[1])
+        rows.append(("total", *_span([sum(t[part].values()) for t in turns])))
+        show(f"{title}, seconds ({result['tokens']} tokens)", ("part", "min", "median"), rows)
+    ratio = _span([t["ratio"] for t in turns])
+    print(f"\nours ÷ floor: {ratio[0]:.3f} min, {ratio[1]:.3f} median (bound 1.5)")
+
+
+def _span(values: list[float]) -> tuple[float, float]:
+    return min(values), median(values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small shape, some seconds")
+    parser.add_argument("--only", choices=["statistics", "whole"])
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds")
+    options = parser.parse_args()
+    now = time.process_time if options.cpu_time else time.perf_counter
+    disable_progress_bar()
+    torch.set_num_threads(1)
+    fields = qwen3(**(QUICK_SHAPE if options.quick else SHAPE))
+    tokens, repeats = (2048, 1) if options.quick else (16_384, 5)
+    result: dict[str, Any] = {"machine": machine(), "shape": fields}
+    if options.only != "whole":
+        dtypes = ("float32", "bfloat16")
+        result["statistics"] = [statistics(fields, d, tokens // 2, repeats, now) for d in dtypes]
+        report_statistics(result["statistics"])
+    if options.only != "statistics":
+        result["whole"] = whole(fields, tokens, min(3, repeats), now)
+        report_whole(result["whole"])
+    if not (options.quick or options.only or options.cpu_time):
+        save("speed", result)
+
+
+if __name__ == "__main__":
+    main()

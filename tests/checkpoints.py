@@ -217,7 +217,7 @@ def save(
     return folder
 
 
-def random_inputs(config: "PreTrainedConfig", *, batch: int = 2, length: int = 24, seed: int = 0):  # noqa: ANN201
+def random_inputs(config: "PreTrainedConfig", *, batch: int = 2, length: int = 24, seed: int = 0):
     """Token ids as keyword arguments of the model's forward, on both sides where there are two."""
     import torch
 

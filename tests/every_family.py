@@ -114,10 +114,7 @@ MLP_TYPES = {"mlp_layer_types": ["dense", "sparse"]}
 PIXTRAL = {**TOWER, "model_type": "pixtral"}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "beam": MLP_TYPES,
-    "llama4_text": {"pad_token_id": 0, "moe_layers": [1]},
-    "llama4": {"vision_config": {**TOWER, "model_type": "llama4_vision_model"}},
-    "dbrx": {"ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}},
-    "step3p5": {"pad_token_id": 0},
+    "flint": {"mlp_only_layers": []},
     "deepseek_ocr2_text": MLP_TYPES,
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [16, 32]},
     "diffusion_gemma": {"vision_config": {**TOWER, "model_type": "gemma4_vision"}},
@@ -217,11 +214,10 @@ def table(classes: list[ExpertsClass]) -> str:
     lines = [
         "# Families",
         "",
-        f"transformers {transformers.__version__} has {len(classes)} experts classes with its common "
-        f"contract; smelt works with {len(works)} of them.",
-        "`tests/checkpoint/test_every_family.py` compresses a tiny random model of each to half its "
-        "experts and writes this table. Beside",
-        "them, Switch (`switch_transformers`) works, with experts of its own kind.",
+        f"transformers {transformers.__version__} has {len(classes)} experts classes with its",
+        f"common contract; smelt works with {len(works)} of them. `tests/checkpoint/test_every_family.py`",
+        "compresses a tiny random model of each to half its experts, and writes this table with",
+        "`SMELT_WRITE_TABLES=1`. Switch (`switch_transformers`) works too, with experts of its own.",
         "",
         "| family | experts class | stock | mapped | note |",
         "|---|---|---|---|---|",

@@ -34,6 +34,7 @@ ORDER = (
     ("evaluate",),
     ("bench",),
     ("report",),
+    ("api",),
     ("cli",),
 )
 """Imports point from right to left. A new package gets its place here and in the README."""
@@ -47,6 +48,7 @@ PURE = (
     "smelt.compress.group",
     "smelt.compress.align",
     "smelt.compress.merge",
+    "smelt.compress.refit",
     "smelt.compress.decompose",
 )
 """Algorithms over tensors: testable in milliseconds, on a machine without transformers."""

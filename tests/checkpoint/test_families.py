@@ -1,7 +1,6 @@
 """Every named family, end to end, against transformers on tiny random checkpoints."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,40 +9,31 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import checkpoints
+from end_to_end import batches_of, compress, load, logits_of
 from smelt import experts
 from smelt.checkpoint import mapped
-from smelt.checkpoint.bind import MoeLayer, find_layers, is_common, is_module_dict
-from smelt.checkpoint.bind import read_bank, write_bank
+from smelt.checkpoint.bind import (
+    MoeLayer,
+    find_layers,
+    is_common,
+    is_module_dict,
+    read_bank,
+    write_bank,
+)
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Walk
-from smelt.compress.apply import apply
 from smelt.compress.calibrate import Collector, RoutingStats, calibrate
 from smelt.compress.facts import Facts, read_facts, router_names
-from smelt.compress.pipeline import run_plan
 from smelt.compress.plan import Plan
-from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
 
 E = checkpoints.NUM_EXPERTS
 HALF = E // 2
 EAGER_ONLY = ("switch_transformers",)
-
-
-def load(folder: Path, **settings: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model that plain transformers loads, and what it says of the keys."""
-    config = Checkpoint.open(folder).config
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, info = auto.from_pretrained(folder, output_loading_info=True, **settings)
-    return model.eval(), info
-
-
-def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
 
 
 @dataclass
@@ -56,7 +46,9 @@ class Subject:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint.open(checkpoints.save(self.family, self.folder / "source", **self.changes))
+        return Checkpoint.open(
+            checkpoints.save(self.family, self.folder / "source", **self.changes)
+        )
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -94,28 +86,6 @@ class Subject:
     def compress(self, name: str, **settings: Any) -> tuple[Path, Plan]:
         """A compression by these settings, made once for each name."""
         return compress(self.checkpoint, self.stats, self.facts, self.folder / name, settings)
-
-
-def batches_of(inputs: list[dict[str, Tensor]]) -> list[Batch]:
-    found = []
-    for each in inputs:
-        mask = torch.ones_like(each["input_ids"], dtype=torch.bool)
-        found.append(Batch(each, mask, mask if "decoder_input_ids" in each else None))
-    return found
-
-
-def compress(
-    checkpoint: Checkpoint,
-    stats: RoutingStats,
-    facts: Facts,
-    output: Path,
-    settings: dict[str, Any],
-) -> tuple[Path, Plan]:
-    recipe = CompressRecipe(source=str(checkpoint.folder), output=str(output), **settings)
-    plan = run_plan(checkpoint, stats, recipe, facts)
-    if not output.exists():
-        apply(checkpoint, plan, output, stats=stats, facts=facts, workers=1)
-    return output, plan
 
 
 @pytest.fixture(scope="module", params=list(checkpoints.FAMILIES))

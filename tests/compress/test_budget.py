@@ -1,7 +1,7 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 
 from reference.compression import global_counts
 from reference.samples import random_stats
@@ -25,6 +25,7 @@ def tensors(layers: list[list[int]]) -> list[torch.Tensor]:
     return [torch.tensor(layer, dtype=torch.float64) for layer in layers]
 
 
+@settings(deadline=None)
 @given(models, st.data())
 def test_the_layers_share_exactly_the_budget(layers: list[list[int]], data: st.DataObject) -> None:
     L, E = len(layers), len(layers[0])
@@ -40,6 +41,7 @@ def test_the_layers_share_exactly_the_budget(layers: list[list[int]], data: st.D
     assert [len(ids) for ids in kept] == global_counts(shares, average, excluded, floor)
 
 
+@settings(deadline=None)
 @given(models, st.integers(1, 1000))
 def test_the_scale_of_the_counts_does_not_matter(layers: list[list[int]], scale: int) -> None:
     scaled = [[scale * n for n in layer] for layer in layers]
@@ -85,6 +87,7 @@ def test_strict_takes_only_what_is_above_the_first_that_no_longer_fits() -> None
     assert sum(map(len, dominants_global(layers, 2.0, min_per_layer=1))) == 4
 
 
+@settings(deadline=None)
 @given(models, st.integers(4, 32))
 def test_strict_never_exceeds_the_budget(layers: list[list[int]], quarters: int) -> None:
     L, E = len(layers), len(layers[0])

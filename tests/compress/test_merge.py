@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference.samples import KINDS, outputs, random_bank, repeated, shuffles
@@ -82,6 +82,7 @@ labellings = st.lists(st.integers(0, 3), min_size=4, max_size=10).map(
 )
 
 
+@settings(deadline=None)
 @given(labellings, st.integers(1, 10**6), st.data())
 def test_weights_sum_to_one_and_their_scale_does_not_matter(
     labels: torch.Tensor, scale: int, data: st.DataObject

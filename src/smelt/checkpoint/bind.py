@@ -80,8 +80,8 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
         counts = [getattr(model.config.get_text_config(), n, None) for n in COUNT_FIELDS]
         if any(isinstance(n, int) and n > 1 for n in counts):
             raise CheckpointError(
-                f"Family {kind!r} has experts, but none that follow transformers' experts contract. "
-                "docs/add-a-family.md says how such a family is added."
+                f"Family {kind!r} has experts, but none that follow transformers' experts "
+                "contract. docs/add-a-family.md says how such a family is added."
             )
         raise CheckpointError(
             f"Family {kind!r}: this model has no experts, so there is nothing to merge. smelt "
@@ -150,7 +150,9 @@ def _find_router(parent: nn.Module, experts: str, num_experts: int) -> str | Non
     children = {n: c for n, c in parent.named_children() if n != experts and "shared" not in n}
 
     def has_rows(name: str, least: int, most: int) -> bool:
-        return any(p.dim() == 2 and least <= p.shape[0] <= most for p in children[name].parameters())
+        return any(
+            p.dim() == 2 and least <= p.shape[0] <= most for p in children[name].parameters()
+        )
 
     # A router may score a few things more than the experts: shared ones, or doing nothing.
     named = [n for n in ("gate", "router") if n in children and has_rows(n, num_experts, 1 << 30)]
@@ -168,7 +170,7 @@ def set_num_experts(config: PreTrainedConfig, before: int, after: int) -> PreTra
 
 
 def expert_axes(state: Mapping[str, Tensor], doubled: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tensors that have an expert axis, and which: read off the same model with twice the experts."""
+    """Tensors with an expert axis, and which: read off the same model with twice the experts."""
     axes = {}
     for name, tensor in state.items():
         if name in doubled and doubled[name].shape != tensor.shape:
@@ -181,14 +183,16 @@ def activation_of(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor
     """The module's own activation as `(gate, up) -> hidden`."""
     if is_module_dict(module):
         act = module.get_submodule("expert_0").act
-        return lambda gate, up: act(up)  # type: ignore[operator,no-any-return]
+        return lambda gate, up: act(up)  # type: ignore[operator]
     if not module.has_gate:
-        return lambda gate, up: module.act_fn(up)  # type: ignore[operator,no-any-return]
+        return lambda gate, up: module.act_fn(up)  # type: ignore[operator]
 
     def apply(gate: Tensor | None, up: Tensor) -> Tensor:
         assert gate is not None
         parts = [gate, up]
-        joined = torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2)
+        joined = (
+            torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2)
+        )
         return module._apply_gate(joined)  # type: ignore[operator,no-any-return]
 
     return apply
@@ -261,7 +265,7 @@ def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
     m: Any = module
     stored = m.expert_map.tolist() if hasattr(m, "expert_map") else range(m.num_experts)
     if is_module_dict(module):
-        return lambda e, x: m[f"expert_{stored[e]}"](x)  # type: ignore[no-any-return]
+        return lambda e, x: m[f"expert_{stored[e]}"](x)
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None, e: int) -> Tensor:
         matrix = weight[e].T if m.is_transposed else weight[e]

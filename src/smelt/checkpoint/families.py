@@ -1,4 +1,4 @@
-"""What cannot be read off transformers' modules: a few names, as data. Parity tests hold it true."""
+"""What cannot be read off transformers' modules: a few names, as data that tests hold true."""
 
 COUNT_FIELDS = (
     "num_local_experts",
@@ -15,8 +15,8 @@ TOP_K_FIELDS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "nu
 SCORE_FIELDS = ("scoring_func", "moe_router_activation", "expert_selection_fn")
 """Configuration fields that name how a router turns logits into scores."""
 
-SIGMOID = frozenset({"afmoe", "flint", "lfm2_moe"})
-"""Families with sigmoid scores that neither a field nor a selection bias gives away."""
+SIGMOID = frozenset({"afmoe", "flint", "hy_v3", "lfm2_moe", "minimax_m2"})
+"""Families with sigmoid scores that no field and no selection bias of the router gives away."""
 
 MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 """Fields that count multi-token-prediction layers; set to 0 when those layers are dropped."""
@@ -32,7 +32,6 @@ NOT_COVERED = {
     "longcat_flash": "it has identity experts that cannot merge",
     "nllb-moe": "its experts have layouts of their own",
     "qwen3_omni_moe": "the whole of it has no forward; its thinker can be compressed on its own",
-    "step3p5": "its experts lie outside the common contract",
     "step3p7": "its experts lie outside the common contract",
 }
 """Families with experts that smelt does not read yet, by model type, and why."""

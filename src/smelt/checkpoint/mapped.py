@@ -48,7 +48,9 @@ class SmeltMappedConfig(PreTrainedConfig):
 def config_class(base_model_type: str) -> type[SmeltMappedConfig]:
     """The base family's configuration class, with model type "smelt_mapped"."""
     base = CONFIG_MAPPING[base_model_type]
-    return _define(f"SmeltMapped{base.__name__}", (SmeltMappedConfig, base), {"_auto_class": None})
+    name = f"SmeltMapped{base.__name__}"
+    found: type[SmeltMappedConfig] = _define(name, (SmeltMappedConfig, base), {"_auto_class": None})
+    return found
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
@@ -56,9 +58,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     return _define_model(type(config), config.base_architecture)
 
 
-def _define_model(
-    config_type: type[SmeltMappedConfig], architecture: str
-) -> type[PreTrainedModel]:
+def _define_model(config_type: type[SmeltMappedConfig], architecture: str) -> type[PreTrainedModel]:
     """The same, registered with the Auto classes under the configuration's class."""
     base = getattr(transformers, architecture)
 
@@ -95,8 +95,12 @@ class SmeltMappedModel(PreTrainedModel):
     config_class = SmeltMappedConfig
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=True) if config is None else config
+    def from_pretrained(  # type: ignore[override]
+        cls, path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        config = (
+            AutoConfig.from_pretrained(path, trust_remote_code=True) if config is None else config
+        )
         return model_class(config).from_pretrained(path, *args, config=config, **kwargs)
 
     @classmethod
@@ -106,7 +110,8 @@ class SmeltMappedModel(PreTrainedModel):
 
 def map_experts(experts: nn.Module, num_stored: int) -> None:
     """Turn an experts module of E slots into one that stores `num_stored` and maps ids to them."""
-    num_experts: int = experts.num_experts  # type: ignore[assignment]
+    target: Any = experts
+    num_experts: int = target.num_experts
     if isinstance(experts, nn.ModuleDict):
         device = next(experts.parameters()).device
         for index in range(num_stored, num_experts):
@@ -118,9 +123,9 @@ def map_experts(experts: nn.Module, num_stored: int) -> None:
             if param is not None and param.shape[0] == num_experts:
                 kept = param.data[:num_stored].clone()
                 setattr(experts, name, nn.Parameter(kept, requires_grad=param.requires_grad))
-        experts._is_expert_parallel = True  # lets a slot be empty: id = num_experts, weight 0
+        target._is_expert_parallel = True  # lets a slot be empty: id = num_experts, weight 0
         forward = _forward_ids
-    experts.num_experts = num_stored
+    target.num_experts = num_stored
     zeros = torch.zeros(num_experts, dtype=torch.int32, device=device)
     experts.register_buffer("expert_map", zeros)
     base = type(experts)
@@ -170,5 +175,5 @@ def _define(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
 
 
 def register() -> None:
-    """Make AutoConfig know the mapped form; the model classes follow when a configuration is read."""
+    """Make AutoConfig know the mapped form; model classes follow when a configuration is read."""
     AutoConfig.register(SmeltMappedConfig.model_type, SmeltMappedConfig, exist_ok=True)

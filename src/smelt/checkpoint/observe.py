@@ -1,4 +1,4 @@
-"""Watching a layer at the call of its experts: what was routed where, and what each expert made of it.
+"""Watching a layer at the call of its experts: what was routed where, and what came of it.
 
 The ids and weights are those the model passes to its experts, so every routing rule is right by
 construction. The outputs are the model's own: the watcher runs the same products and adds the
@@ -17,13 +17,11 @@ from smelt.errors import CalibrationError
 from smelt.routing import Accumulator, Routing
 
 Rows = Callable[[], tuple[Tensor | None, Tensor]]
-"""For the batch now running: the ids of its real tokens (None: all), and which of them are sampled."""
+"""For the batch now running: ids of its real tokens (None: all), and which of those are sampled."""
 
 
 @contextlib.contextmanager
-def watch(
-    model: nn.Module, layer: MoeLayer, rows: Rows, sums: Accumulator
-) -> Iterator[None]:
+def watch(model: nn.Module, layer: MoeLayer, rows: Rows, sums: Accumulator) -> Iterator[None]:
     """Within: every call of the layer's experts adds to `sums`; the outputs are unchanged."""
     experts = model.get_submodule(layer.experts)
     logits: list[Tensor] = []
@@ -74,7 +72,7 @@ def _logits(output: Any, num_experts: int) -> Tensor:
     """
     parts = output if isinstance(output, (tuple, list)) else [output]
     floats = [p for p in parts if isinstance(p, Tensor) and p.is_floating_point()]
-    # Switch returns (one-hot ids, probability, logits): ids are integers, so the rule holds there too.
+    # Switch returns (one-hot ids, probability, logits): ids are integers, so the rule holds too.
     exact = [p for p in floats if p.shape[-1] == num_experts]
     wider = [p[..., :num_experts] for p in floats[:1] if p.shape[-1] > num_experts]
     if not exact + wider:

@@ -63,7 +63,10 @@ class BlockFp8:
         return self.values.num_bytes + self.scales.num_bytes
 
     def read(self) -> Tensor:
-        values, scales = read(self.values), read(self.scales).float()
+        values, scales = read(self.values), read(self.scales)
+        if scales.dtype == torch.uint8:  # an exponent, as F8_E8M0 is
+            scales = torch.exp2(scales.float() - 127)
+        scales = scales.float()
         if scales.numel() > 1:
             rows, columns = values.shape[-2:]
             scales = scales.repeat_interleave(self.block[0], -2)[..., :rows, :]
@@ -76,7 +79,7 @@ class BlockFp8:
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """4-bit values, 32 to a shared power-of-two scale (gpt-oss); the reader's tensor is [E, in, out]."""
+    """4-bit values, 32 to a shared power-of-two scale (gpt-oss); it is read as [E, in, out]."""
 
     blocks: Entry  # [E, out, in / 32, 16] bytes, two values each, low nibble first
     scales: Entry  # [E, out, in / 32] exponents, biased by 127
@@ -118,11 +121,13 @@ def present(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str
     quantisation = config.get("quantization_config") or {}
     method = quantisation.get("quant_method")
     if method is None and quantisation:
-        method = next((k for k in ("load_in_4bit", "load_in_8bit") if quantisation.get(k)), "unnamed")
+        method = next(
+            (k for k in ("load_in_4bit", "load_in_8bit") if quantisation.get(k)), "unnamed"
+        )
     if method is not None and method not in READABLE:
         raise CheckpointError(
-            f"The weights are quantised with {method}, which smelt cannot read (it reads bf16, fp16, "
-            f"fp32, {' and '.join(READABLE)}). Compress the unquantised checkpoint, then quantise."
+            f"The weights are quantised with {method}, which smelt cannot read (it reads bf16, "
+            f"fp16, fp32, {' and '.join(READABLE)}). Compress the unquantised checkpoint, then quantise."
         )
     if method == "fp8":
         block = tuple(quantisation.get("weight_block_size") or (128, 128))
@@ -143,9 +148,15 @@ def _present_fp8(entries: Mapping[str, Entry], block: tuple[int, int]) -> dict[s
     for key, entry in entries.items():
         if key.endswith("_scale_inv"):
             continue
+        has_scales = key + "_scale_inv" in entries
         if entry.dtype != torch.float8_e4m3fn:
+            if has_scales:
+                raise CheckpointError(
+                    f"Tensor {key} has scales and is stored in {entry.dtype}: smelt reads fp8 "
+                    "(e4m3) there. Compress the unquantised checkpoint."
+                )
             presented[key] = Plain(entry)
-        elif key + "_scale_inv" in entries:
+        elif has_scales:
             presented[key] = BlockFp8(entry, entries[key + "_scale_inv"], block)
         else:
             raise CheckpointError(f"Tensor {key} is fp8, but {key}_scale_inv is not there.")

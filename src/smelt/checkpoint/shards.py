@@ -95,7 +95,9 @@ def list_tensors(folder: Path) -> dict[str, Entry]:
     if index.is_file():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(name, str) for name in weight_map.values()):
+                raise ValueError("weight_map does not give a file name for each tensor")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a readable index ({error}).") from None
         return _from_index(folder, weight_map)
     if (folder / SINGLE).is_file():

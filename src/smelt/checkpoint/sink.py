@@ -19,7 +19,7 @@ from transformers.core_model_loading import dot_natural_key
 from smelt.checkpoint import mapped
 from smelt.checkpoint.families import COUNT_FIELDS, MTP_FIELDS
 from smelt.checkpoint.shards import INDEX, SINGLE, read_header, write_shard
-from smelt.checkpoint.source import Checkpoint, is_stacked
+from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError
 
 JOURNAL = "journal.json"
@@ -193,39 +193,12 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def encode(source: Checkpoint, name: str, value: Tensor) -> dict[str, Tensor]:
-    """A new value of one parameter, under the keys that the family has on disk.
-
-    Experts stored one by one take the keys of the first experts; a fused tensor keeps its key.
-    """
+    """A new value of one parameter, under the keys that the family has on disk."""
     stored = source.stored_name(name)
     assert stored is not None, name
-    layout = source.layout[stored]
-    if layout.converter is None:
-        return {layout.all_keys()[0]: value}
-    if is_stacked(layout):
-        out, start = {}, 0
-        for pattern in layout.converter.source_patterns:
-            keys = layout.keys[pattern]
-            rows = source.tensors[keys[0]].shape[0]
-            whole = len(layout.keys) == 1
-            for key, expert in zip(keys, value, strict=False):
-                out[key] = expert if whole else expert[start : start + rows]
-            start += rows
-        return out
-    converter = copy.deepcopy(layout.converter).reverse_transform()
-    converter.add_tensor(layout.first, layout.first, converter.source_patterns[0], value)
-    back = converter.convert(layout.first, model=source.model, config=source.model.config)
-    tensors = [t[0] if isinstance(t, list) else t for t in back.values()]
-    keys = layout.all_keys()
-    if len(tensors) == len(keys) == 1:
-        return {keys[0]: tensors[0].contiguous()}
-    unknown = set(back) - set(source.tensors)
-    if unknown:
-        raise CheckpointError(
-            f"{source.folder}: {name} cannot be written back in the family's disk layout "
-            f"({sorted(unknown)[0]} is new). The mapped form can hold it: --form mapped."
-        )
-    return dict(zip(back, tensors, strict=True))
+    return source.layout[stored].encode(
+        f"{source.folder}: {name}", value, source.tensors, source.model
+    )
 
 
 def stock_config(source: Checkpoint, num_experts: int, *, without_mtp: bool) -> dict[str, Any]:
@@ -275,7 +248,7 @@ def mapped_config(
         "architectures": [f"SmeltMapped{source.cls.__name__}"],
         "mapped_experts": dict(stored),
         "auto_map": {"AutoConfig": f"{module}.SmeltMappedConfig"}
-        | {auto: f"{module}.SmeltMappedModel" for auto in autos},
+        | dict.fromkeys(autos, f"{module}.SmeltMappedModel"),
     }
 
 

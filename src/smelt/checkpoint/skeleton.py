@@ -31,7 +31,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
         register(module, name, param)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -78,7 +78,9 @@ def build(
         for name, param in model.named_parameters():
             if pattern in name:
                 param.data = param.data.to(kept)
-    return model.eval().requires_grad_(False)
+    model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def outermost_blocks(model: nn.Module) -> dict[str, nn.Module]:

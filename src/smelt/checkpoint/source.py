@@ -4,12 +4,10 @@ No weight is read here before somebody asks for one. Names on disk are translate
 transformers' own loader, so a family needs no entry for its disk layout.
 """
 
-import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,32 +17,13 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from smelt.checkpoint import quantised, shards, skeleton
+from smelt.checkpoint.layout import Layout, translate
 from smelt.errors import CheckpointError
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
-@dataclass
-class Layout:
-    """Where one parameter lies on disk: its keys by source pattern, and how they are joined."""
-
-    converter: WeightConverter | None
-    keys: dict[str, list[str]] = field(default_factory=dict)
-    first: str = ""  # the converter's first target, which names the group
-
-    def all_keys(self) -> list[str]:
-        return [key for keys in self.keys.values() for key in keys]
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
@@ -155,14 +134,19 @@ class Checkpoint:
             CheckpointError: there is none, or transformers cannot read it.
         """
         try:
-            return AutoTokenizer.from_pretrained(
+            found = AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
+            # Without any of its files, transformers makes an empty tokenizer of the family's kind.
+            files = set(found.vocab_files_names.values())
+            if files and not any((self.folder / n).is_file() for n in files | {"tokenizer.json"}):
+                raise FileNotFoundError
         except Exception as error:  # tokenizers raise anything from OSError to bare Exception
             raise CheckpointError(
                 f"{self.folder}: no readable tokenizer beside the weights ({type(error).__name__}). "
                 "Text needs one: copy the tokenizer files of the original model into the folder."
             ) from None
+        return found
 
     @cached_property
     def _conversions(self) -> list[Any]:
@@ -187,29 +171,7 @@ class Checkpoint:
 
     @cached_property
     def _translate(self) -> tuple[dict[str, Layout], list[str]]:
-        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        by_pattern = {p: c for c in converters for p in c.source_patterns}
-        prefix = self.model.base_model_prefix
-        layout: dict[str, Layout] = {}
-        extra: list[str] = []
-        for key in sorted(self.tensors, key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, self.state)
-            if name not in self.state and key in self.state:
-                name, pattern = key, None
-            targets = [name]
-            if pattern is not None:
-                patterns = by_pattern[pattern].target_patterns
-                targets += [name.replace(patterns[0], p) for p in patterns[1:]]
-            if name not in self.state:
-                extra.append(key)
-                continue
-            found = layout.setdefault(
-                name, Layout(None if pattern is None else by_pattern[pattern], first=name)
-            )
-            found.keys.setdefault(pattern or "", []).append(key)
-            layout.update({t: found for t in targets[1:] if t in self.state})
-        return layout, extra
+        return translate(self.model, self._conversions, self.tensors, self.state)
 
     @cached_property
     def _ties(self) -> dict[str, list[str]]:
@@ -239,27 +201,8 @@ class Checkpoint:
                     f"{self.folder}: {name} is missing from the weights. A shard is missing or the "
                     "checkpoint is of another model: compare the folder with its source."
                 )
-            self._check_shape(name, self.layout[stored], tuple(expected.shape))
-
-    def _check_shape(self, name: str, layout: Layout, expected: tuple[int, ...]) -> None:
-        shapes = [self.tensors[key].shape for key in layout.all_keys()]
-        if layout.converter is None and shapes[0] != expected:
-            raise CheckpointError(
-                f"{self.folder}: {name} has shape {list(shapes[0])} on disk, config.json says "
-                f"{list(expected)}. Weights and configuration are of different models."
-            )
-        if is_stacked(layout):
-            for pattern, keys in layout.keys.items():
-                if len(keys) != expected[0]:
-                    raise CheckpointError(
-                        f"{self.folder}: {name} has {len(keys)} experts on disk ({pattern}), "
-                        f"config.json says {expected[0]}. A shard is missing, or the configuration "
-                        "is of another model: compare the folder with its source."
-                    )
-            if len(layout.keys) != len(layout.converter.source_patterns):  # type: ignore[union-attr]
-                raise CheckpointError(
-                    f"{self.folder}: {name} lacks one of {layout.converter.source_patterns}."  # type: ignore[union-attr]
-                )
+            shapes = {key: self.tensors[key].shape for key in self.layout[stored].all_keys()}
+            self.layout[stored].check(f"{self.folder}: {name}", shapes, tuple(expected.shape))
 
     def read(self, name: str) -> Tensor:
         """One parameter or buffer as the model holds it, in the type it has on disk, on the CPU."""
@@ -267,38 +210,7 @@ class Checkpoint:
         if stored is None:
             raise CheckpointError(f"{self.folder}: {name} is missing from the weights.")
         layout = self.layout[stored]
-        if layout.converter is None:
-            return self.tensors[layout.all_keys()[0]].read()
-        if is_stacked(layout):
-            return self._read_stacked(layout, tuple(self.state[stored].shape))
-        converter = copy.deepcopy(layout.converter)
-        for pattern, keys in layout.keys.items():
-            for key in keys:
-                converter.add_tensor(layout.first, key, pattern, self.tensors[key].read)
-        joined = converter.convert(layout.first, model=self.model, config=self.model.config)
-        value = joined[stored]
-        return value[0] if isinstance(value, list) else value
-
-    def _read_stacked(self, layout: Layout, shape: tuple[int, ...]) -> Tensor:
-        """Experts stored one by one, read straight into their place in the fused parameter."""
-        dtype = self.tensors[layout.all_keys()[0]].dtype
-        out = torch.empty(shape, dtype=dtype)
-        start = 0
-        assert layout.converter is not None
-        for pattern in layout.converter.source_patterns:
-            keys = layout.keys[pattern]
-            rows = self.tensors[keys[0]].shape[0]
-            for expert, key in enumerate(keys):
-                place = out[expert] if len(layout.keys) == 1 else out[expert, start : start + rows]
-                stored = self.tensors[key]
-                if stored.shape != tuple(place.shape) or stored.dtype != dtype:
-                    raise CheckpointError(
-                        f"{self.folder}: {key} is {list(stored.shape)} {stored.dtype}, the other "
-                        f"experts are {list(place.shape)} {dtype}. The weights are damaged."
-                    )
-                stored.read_into(place)
-            start += rows
-        return out
+        return layout.read(stored, self.tensors, self.model, tuple(self.state[stored].shape))
 
     @cached_property
     def blocks(self) -> dict[str, list[str]]:
@@ -342,15 +254,3 @@ class Checkpoint:
             for handle in handles.values():
                 handle.close()
         return digest.hexdigest()
-
-
-def is_stacked(layout: Layout) -> bool:
-    """Whether the parameter is plainly its experts stacked, [gate; up] concatenated per expert."""
-    if layout.converter is None:
-        return False
-    ops = layout.converter.operations
-    stacked = bool(ops) and isinstance(ops[0], MergeModulelist) and ops[0].dim == 0
-    joined = len(ops) == 1 or (
-        len(ops) == 2 and isinstance(ops[1], Concatenate) and ops[1].dim == 1
-    )
-    return stacked and joined and len(layout.converter.target_patterns) == 1

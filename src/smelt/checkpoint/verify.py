@@ -12,6 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from smelt.checkpoint.shards import INDEX, SINGLE
 from smelt.errors import CheckpointError
 
@@ -57,6 +60,23 @@ def verify(folder: Path, progress: Callable[[str, int, int], None] | None = None
             "damaged or changed since it was written: fetch it again (--no-verify reads it anyway)."
         )
     return len(sums)
+
+
+def finite(folder: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself.
+
+    Raises:
+        CheckpointError: it holds NaN or Inf. One pass, at about the speed of memory.
+    """
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
+        return tensor
+    low, high = tensor.aminmax()  # NaN goes through to both
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise CheckpointError(
+            f"{folder}: {name} holds NaN or Inf. The weights are damaged or training diverged: "
+            "compare the folder with its source."
+        )
+    return tensor
 
 
 def num_weight_files(folder: Path) -> int:

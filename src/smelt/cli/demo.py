@@ -58,7 +58,7 @@ def demo(
     kept = f"The checkpoints are in {output}.\n" if output else ""
     screen.result(
         {"rows": rows, "seconds": screen.seconds, "output": output},
-        f"\n{markdown(rows)}\nPerplexity and bits per byte on text the model has not seen; KL is "
+        f"\n{markdown(rows)}\nPerplexity and bits per byte on text held out of training; KL is "
         f"the distance from the original's predictions, in nats.\n{kept}"
         f"Done in {clock(screen.seconds)}.\n\n"
         "Next:  smelt compress YOUR-CHECKPOINT OUT --keep 0.5\n"
@@ -128,8 +128,8 @@ def _measure(
             "experts": round(mean, 1) if mean % 1 else int(mean),
             "MB": round(disk_bytes(path) / 1e6, 2),
         }
-        for metric in ("perplexity", "bits per byte", "KL"):
+        for short, metric in (("ppl", "perplexity"), ("bits/B", "bits per byte"), ("KL", "KL")):
             for name, evaluation in found.items():
-                row[f"{metric}, {name}"] = evaluation.rows()[index].get(metric)
+                row[f"{short} {name}"] = evaluation.rows()[index].get(metric)
         rows.append(row)
     return rows

@@ -168,7 +168,10 @@ def evaluate(
     rows = found.rows()
     value = {"checkpoints": rows, "results": [vars(one) for one in found.results]}
     saved = f"\nSaved to {output}" if output else ""
-    screen.result(value | {"seconds": screen.seconds}, results.markdown(_side_by_side(rows, results.cell)) + saved)
+    screen.result(
+        value | {"seconds": screen.seconds},
+        results.markdown(_side_by_side(rows, results.cell)) + saved,
+    )
 
 
 _ERRORS = {

@@ -4,10 +4,9 @@ One block is in memory at a time. Applying a plan twice gives the same bytes, an
 on where it stopped and gives the same bytes too.
 """
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -145,8 +144,10 @@ class Compressor:
             rows[weight] = fitted
             if bias is not None and fitted_bias is not None:
                 rows[bias] = fitted_bias
-        # What a router scores beside the experts (shared ones, doing nothing) follows them and stays.
-        rows = {name: torch.cat([row, whole[name][layer.num_experts :]]) for name, row in rows.items()}
+        # What a router scores beside the experts (shared ones, doing nothing) follows and stays.
+        rows = {
+            name: torch.cat([row, whole[name][layer.num_experts :]]) for name, row in rows.items()
+        }
         return {name: row.movedim(0, axes[name]).contiguous() for name, row in rows.items()}
 
 
@@ -196,7 +197,9 @@ def apply(
             if not sink.has(index, count):
                 changed = [
                     compressor.compress(
-                        layer, plan.layer(layer.name), stats.layers.get(layer.name) if stats else None
+                        layer,
+                        plan.layer(layer.name),
+                        stats.layers.get(layer.name) if stats else None,
                     )
                     for layer in facts.anatomy.layers_of(stage)
                 ]
@@ -266,15 +269,15 @@ def stage_tensors(
         for name in checkpoint.blocks[stage]
         if name in checkpoint.layout and name not in replaced
     ]
+    extra = sorted(set(checkpoint.extra_keys) - set(facts.anatomy.mtp_keys)) if not stage else []
     if plan.form == "mapped":
-        return {name: checkpoint.read(name) for name in same} | new
+        kept = {name: checkpoint.read(name) for name in same}
+        return kept | new | sinks.raw(checkpoint, extra)
     out: dict[str, Tensor] = {}
     for name, tensor in new.items():
         out |= encode(checkpoint, name, tensor)
     keys = {key for name in same for key in checkpoint.layout[name].all_keys()}
-    if not stage:
-        keys |= set(checkpoint.extra_keys) - set(facts.anatomy.mtp_keys)
-    return out | sinks.raw(checkpoint, sorted(keys))
+    return out | sinks.raw(checkpoint, sorted(keys.union(extra)))
 
 
 def new_config(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> dict[str, Any]:
@@ -287,6 +290,4 @@ def new_config(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> dict[str, An
             layer.experts: plan.layer(layer.name).num_groups for layer in facts.anatomy.layers
         }
         return sinks.mapped_config(checkpoint, stored, without_mtp=without_mtp)
-    return sinks.stock_config(
-        checkpoint, plan.layers[0].num_groups, without_mtp=without_mtp
-    )
+    return sinks.stock_config(checkpoint, plan.layers[0].num_groups, without_mtp=without_mtp)

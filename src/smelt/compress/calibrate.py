@@ -19,6 +19,7 @@ from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.observe import watch
 from smelt.checkpoint.shards import write_shard
 from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.verify import finite
 from smelt.checkpoint.walk import Stage, Walk
 from smelt.errors import CalibrationError
 from smelt.routing import Accumulator, LayerStats
@@ -138,7 +139,11 @@ def calibrate(
     layers = find_layers(checkpoint.model)
     collector = Collector(layers, batches, sample_tokens, seed, input_gram)
     walk = Walk(
-        checkpoint, [b.inputs for b in batches], device=device, hidden_on_cpu=hidden_on_cpu
+        checkpoint,
+        [b.inputs for b in batches],
+        device=device,
+        hidden_on_cpu=hidden_on_cpu,
+        read=lambda name: finite(checkpoint.folder, name, checkpoint.read(name)),
     )
     order = [name for name in checkpoint.blocks if name]
     done = 0

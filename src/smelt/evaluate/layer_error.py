@@ -16,7 +16,7 @@ from smelt.compress.apply import Compressor
 from smelt.compress.calibrate import Progress, RoutingStats
 from smelt.compress.facts import Facts
 from smelt.compress.plan import LayerPlan, Plan
-from smelt.evaluate.layers import ratio
+from smelt.evaluate.layers import group_of, ratio
 from smelt.evaluate.walks import weights_in
 from smelt.experts import ExpertBank, mixture
 from smelt.routing import LayerStats
@@ -42,6 +42,9 @@ def layer_errors(
     the groups of the experts it chose, with their weights; in the stock form by what the new
     router rows choose, weighted as the family's own module does it. Where that module cannot be
     run alone (gemma4, whose blocks hold the experts themselves), the mapped rule stands in for it.
+
+    A fit made on the same sample (router `refit`, activation matching) looks better here than on
+    other text; `fidelity` on held-out text is the fair judge.
 
     Args:
         plan: of this checkpoint, from these statistics; the groups of a sequential plan are the
@@ -73,7 +76,7 @@ def _error(
 ) -> float:
     labels, dominants = torch.tensor(plan.labels), torch.tensor(plan.dominants)
     before = _mixed(compressor.bank(layer), stats, (stats.sample_choice, stats.sample_weight))
-    routed = (labels[stats.sample_choice], stats.sample_weight)
+    routed = (group_of(stats.sample_choice, labels), stats.sample_weight)
     if router is not None and layer.name != layer.block:
         rows = compressor.rows(layer, plan, stats, labels, dominants)
         routed = router.route(layer, rows, stats.input_sample)
@@ -87,8 +90,13 @@ def _error(
 
 @torch.no_grad()
 def _mixed(bank: ExpertBank, stats: LayerStats, routed: Routed) -> Tensor:
-    """The experts' output for the sample; two choices of one group add up."""
-    return mixture(bank, stats.input_sample.to(bank.up.dtype), *routed)
+    """The experts' output for the sample; two choices of one group add up.
+
+    An id beyond the experts (a slot that does nothing) adds nothing.
+    """
+    choice, weight = routed
+    choice = choice.masked_fill(choice >= bank.num_experts, -1)
+    return mixture(bank, stats.input_sample.to(bank.up.dtype), choice, weight)
 
 
 class _NewRouter:

@@ -144,7 +144,7 @@ class _Sums:
 
     def add_choices(self, before: Tensor, after: Tensor, groups: Groups) -> None:
         """A choice that the original dropped for capacity is none, and does not count."""
-        wanted, found = (_group_of(c, g) for c, g in zip((before, after), groups, strict=True))
+        wanted, found = (group_of(c, g) for c, g in zip((before, after), groups, strict=True))
         agrees = (wanted.unsqueeze(-1) == found.unsqueeze(-2)).any(-1) & (wanted >= 0)
         self.num_agreeing += int(agrees.sum())
         self.num_choices += int((before < len(groups[0])).sum())
@@ -154,8 +154,8 @@ class _Sums:
         return LayerFidelity(name, ratio(self.difference, self.norm), agreement, self.num_tokens)
 
 
-def _group_of(choice: Tensor, groups: Tensor) -> Tensor:
-    """The group of each choice; −1 for a dropped expert or none."""
+def group_of(choice: Tensor, groups: Tensor) -> Tensor:
+    """The group of each choice; −1 for a dropped expert, and for ids beyond the experts."""
     groups = torch.cat([groups, groups.new_full((1,), -1)]).to(choice.device)
     return groups[choice.clamp(max=len(groups) - 1)]
 

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import smelt
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import SmeltError
 
@@ -91,7 +90,7 @@ def record(
 @functools.cache
 def _commit() -> str | None:
     """The commit of smelt's clone; None where smelt is installed otherwise."""
-    package = Path(smelt.__file__).parent
+    package = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -100,7 +99,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) / "src" / "smelt" != package.resolve():
+        if Path(git("rev-parse", "--show-toplevel")) / "src" / "smelt" != package:
             return None  # installed inside some other project's clone
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
