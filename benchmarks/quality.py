@@ -24,9 +24,9 @@ import torch
 import smelt
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
-from smelt.compress.pipeline import read_text, run_calibration, run_plan
 from smelt.compress.apply import apply
 from smelt.compress.facts import read_facts
+from smelt.compress.pipeline import read_text, run_calibration, run_plan
 from smelt.compress.sequential import apply_sequentially
 from smelt.evaluate.perplexity import measure
 from smelt.recipe import CalibrationRecipe, CompressRecipe

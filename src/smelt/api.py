@@ -37,6 +37,7 @@ from smelt.evaluate.fidelity import Fidelity, fidelity
 from smelt.evaluate.results import Result, Setting
 from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe, nest
 
+
 def inspect(
     source: str | Path, *, trust_remote_code: bool = False, verify: bool = False
 ) -> Description:
@@ -298,9 +299,7 @@ def evaluate(
         stages=stages,
     )
     if len({one.name for one in compared}) < len(compared):  # folders of one name: say which
-        compared = [
-            replace(one, name=str(path)) for one, path in zip(compared, paths, strict=True)
-        ]
+        compared = [replace(one, name=str(path)) for one, path in zip(compared, paths, strict=True)]
     found = Evaluation(compared, [])
     for one, checkpoint in zip(compared, opened, strict=True):
         blocks = read_text(checkpoint, recipe)

@@ -5,6 +5,7 @@ Letters: E experts, M experts made, F hidden units, D model width, N tokens, K c
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +54,12 @@ class ExpertBank:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "ExpertBank":
         """A bank with `function` applied to every tensor."""
-        return replace(self, **{name: function(t) for name, t in self.tensors().items()})
+        return self.replaced({name: function(t) for name, t in self.tensors().items()})
+
+    def replaced(self, tensors: dict[str, Tensor]) -> "ExpertBank":
+        """A bank with these tensors in the place of its own of the same name."""
+        changes: dict[str, Any] = dict(tensors)
+        return replace(self, **changes)
 
 
 HIDDEN_AXIS = {"up": 0, "gate": 0, "down": 1, "up_bias": 0, "gate_bias": 0}
@@ -86,7 +92,7 @@ def permute_hidden(bank: ExpertBank, order: Int[Tensor, "E F"]) -> ExpertBank:
             [t.index_select(axis, o) for t, o in zip(tensor, order.to(tensor.device), strict=True)]
         )
 
-    return replace(bank, **{name: reorder(name, t) for name, t in bank.tensors().items()})
+    return bank.replaced({name: reorder(name, t) for name, t in bank.tensors().items()})
 
 
 def hidden(bank: ExpertBank, expert: int, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:

@@ -294,5 +294,5 @@ def test_the_examples_of_the_python_functions_run_in_their_order(source, tmp_pat
         found = re.findall(r"^    .*(?:\n(?:    .*)?)*", doc.split("\nArgs:")[0], re.MULTILINE)
         assert len(found) == 1, f"{function.__name__} has {len(found)} examples"
         with screen.plain_warnings():
-            exec(textwrap.dedent(found[0]), names)  # noqa: S102
+            exec(textwrap.dedent(found[0]), names)
     assert {"stats", "plan.json", "half", "small"} <= {path.name for path in tmp_path.iterdir()}

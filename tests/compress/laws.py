@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import save
 
+from checkpoints import save
 from smelt.checkpoint import mapped
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.source import Checkpoint

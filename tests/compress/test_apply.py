@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.laws import TOKENS, Ground
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from compress.laws import TOKENS, Ground
 from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply

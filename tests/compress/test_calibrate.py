@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from compress.laws import TOKENS, Ground, batches
+from transformers import AutoModelForCausalLM
 
+from compress.laws import TOKENS, Ground, batches
 from smelt.compress.calibrate import RoutingStats, calibrate
+from smelt.compress.facts import bank_reader
 from smelt.errors import CalibrationError
 from smelt.experts import apply as expert_output
-from smelt.compress.facts import bank_reader
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")

@@ -193,7 +193,7 @@ def activation_of(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor
         joined = (
             torch.cat(parts, -1) if module.is_concatenated else torch.stack(parts, -1).flatten(-2)
         )
-        return module._apply_gate(joined)  # type: ignore[operator,no-any-return]
+        return module._apply_gate(joined)  # type: ignore[operator]
 
     return apply
 
@@ -258,6 +258,14 @@ def _join(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
     if module.is_concatenated:
         return torch.cat([gate, up], 1)
     return torch.stack([gate, up], 2).flatten(1, 2)
+
+
+def input_width(module: nn.Module) -> int:
+    """D of what the experts read."""
+    if is_module_dict(module):
+        return int(module.get_submodule("expert_0.wi").in_features)  # type: ignore[arg-type]
+    down: Tensor = module.down_proj  # type: ignore[assignment]
+    return int(down.shape[2] if module.is_transposed else down.shape[1])
 
 
 def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:

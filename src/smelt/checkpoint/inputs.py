@@ -72,5 +72,7 @@ def _encoder_decoder(
             "decoder_input_ids": spans.decoder_input_ids[rows],
             "decoder_attention_mask": spans.decoder_mask[rows].long(),
         }
-        batches.append(Batch(inputs, spans.mask[rows], spans.decoder_mask[rows], spans.labels[rows]))
+        batches.append(
+            Batch(inputs, spans.mask[rows], spans.decoder_mask[rows], spans.labels[rows])
+        )
     return batches

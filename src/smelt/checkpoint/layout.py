@@ -96,7 +96,8 @@ class Layout:
         converter = copy.deepcopy(self.converter)
         for pattern, keys in self.keys.items():
             for key in keys:
-                converter.add_tensor(self.first, key, pattern, tensors[key].read)
+                # transformers' own loader gives a callable here too, whatever the annotation says.
+                converter.add_tensor(self.first, key, pattern, tensors[key].read)  # type: ignore[arg-type]
         value = converter.convert(self.first, model=model, config=model.config)[name]
         return value[0] if isinstance(value, list) else value
 
@@ -138,7 +139,7 @@ class Layout:
                 for pattern, rows in self._rows(tensors).items()
                 for key, expert in zip(self.keys[pattern], value, strict=False)
             }
-        converter = copy.deepcopy(self.converter).reverse_transform()
+        converter: Any = copy.deepcopy(self.converter).reverse_transform()
         converter.add_tensor(self.first, self.first, converter.source_patterns[0], value)
         back = converter.convert(self.first, model=model, config=model.config)
         found = [t[0] if isinstance(t, list) else t for t in back.values()]
@@ -158,7 +159,7 @@ def translate(
     model: PreTrainedModel,
     conversions: list[Any],
     keys: Mapping[str, Any],
-    state: Mapping[str, Tensor],
+    state: dict[str, Tensor],
 ) -> tuple[dict[str, Layout], list[str]]:
     """The layout of each of the model's tensors, and the keys on disk that the model does not use."""
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]

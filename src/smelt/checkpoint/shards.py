@@ -143,7 +143,7 @@ def read_into(entry: Entry, out: Tensor) -> None:
     assert out.is_contiguous() and out.dtype == entry.dtype and out.shape == entry.shape
     if entry.num_bytes == 0:
         return
-    view = memoryview(out.view(-1).view(torch.uint8).numpy())
+    view = as_bytes(out)
     done = 0
     with entry.file.open("rb", buffering=0) as handle:
         handle.seek(entry.offset)
@@ -152,6 +152,11 @@ def read_into(entry: Entry, out: Tensor) -> None:
             if not count:
                 raise CheckpointError(f"{entry.file}: ends before tensor data does: truncated.")
             done += count
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read(entry: Entry) -> Tensor:
@@ -190,7 +195,7 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> str:
         handle.write(header)
         digest = hashlib.sha256(header)
         for tensor in tensors.values():
-            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            data = as_bytes(tensor.contiguous().cpu())
             handle.write(data)
             digest.update(data)
         handle.flush()

@@ -156,7 +156,7 @@ class Sink:
 
     def _sums(self) -> dict[str, str]:
         file = self.staging / SUMS
-        return json.loads(file.read_text()) if file.is_file() else {}  # type: ignore[no-any-return]
+        return json.loads(file.read_text()) if file.is_file() else {}
 
     def _complete_sums(self) -> None:
         """Add the checksum of a shard whose run was killed between writing it and noting it."""

@@ -52,12 +52,12 @@ def model_class(
                 return get_class_from_dynamic_module(auto_map[auto], folder)
     for name in architectures:
         if hasattr(transformers, name):
-            return getattr(transformers, name)  # type: ignore[no-any-return]
+            return getattr(transformers, name)
     for auto in AUTO_CLASSES:
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+            return found[0] if isinstance(found, tuple) else found
     raise CheckpointError(
         f"{folder}: config.json names the architecture {', '.join(architectures) or 'none'}, which "
         f"transformers {transformers.__version__} does not have. docs/add-a-family.md says how a "

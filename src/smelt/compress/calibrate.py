@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smelt.checkpoint.bind import MoeLayer, find_layers
+from smelt.checkpoint.bind import MoeLayer, find_layers, input_width
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.observe import watch
-from smelt.checkpoint.shards import write_shard
+from smelt.checkpoint.shards import as_bytes, write_shard
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import finite
 from smelt.checkpoint.walk import Stage, Walk
@@ -45,7 +45,7 @@ class RoutingStats:
         for name, layer in self.layers.items():
             for key, tensor in layer.tensors().items():
                 digest.update(f"{name} {key} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                digest.update(as_bytes(tensor.contiguous()))
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -99,7 +99,9 @@ class RoutingStats:
     def merge(self, other: "RoutingStats") -> "RoutingStats":
         """The statistics of both texts together, as if calibrated on one after the other."""
         if self.checkpoint != other.checkpoint:
-            raise CalibrationError("The statistics are of different checkpoints: they do not add up.")
+            raise CalibrationError(
+                "The statistics are of different checkpoints: they do not add up."
+            )
         layers = {name: layer.merge(other.layers[name]) for name, layer in self.layers.items()}
         text = hashlib.sha256(f"{self.text} {other.text}".encode()).hexdigest()
         tokens = self.num_tokens + other.num_tokens
@@ -195,7 +197,7 @@ class Collector:
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
                 if layer.block == stage.name:
-                    width = _input_width(model.get_submodule(layer.experts))
+                    width = input_width(model.get_submodule(layer.experts))
                     sums[layer.name] = Accumulator(
                         layer.num_experts, width, with_input_gram=self.input_gram
                     )
@@ -205,9 +207,7 @@ class Collector:
         for name, accumulator in sums.items():
             self.stats[name] = accumulator.result()
 
-    def _rows(
-        self, layer: MoeLayer, stage: Stage
-    ) -> Callable[[], tuple[Tensor | None, Tensor]]:
+    def _rows(self, layer: MoeLayer, stage: Stage) -> Callable[[], tuple[Tensor | None, Tensor]]:
         """For the batch now running: its real tokens (None: all), and which of those are sampled."""
         masks = [batch.side(layer.block).flatten() for batch in self.batches]
         counts = [int(mask.sum()) for mask in masks]
@@ -224,11 +224,3 @@ class Collector:
             return real, here
 
         return rows
-
-
-def _input_width(experts: torch.nn.Module) -> int:
-    """D of what the experts read."""
-    if isinstance(experts, torch.nn.ModuleDict):
-        return int(experts["expert_0"].wi.weight.shape[1])  # type: ignore[union-attr]
-    down: Tensor = experts.down_proj  # type: ignore[assignment]
-    return int(down.shape[2] if experts.is_transposed else down.shape[1])

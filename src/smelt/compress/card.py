@@ -48,7 +48,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
         words += [f"merge weights {method.weights}"]
     if plan.form == "stock":
         words.append(f"router rows {method.router}")
-    template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)  # noqa: S701 - Markdown
+    template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)
     return template.render(
         name=checkpoint.folder.name,
         experts_before=sum(x.num_experts for x in plan.layers) / len(plan.layers),
