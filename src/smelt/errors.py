@@ -1,4 +1,4 @@
-"""The errors smelt raises for a user's mistake: each says what was given, what is allowed, what to do."""
+"""Errors for a user's mistake: each says what was given, what is allowed, what to do next."""
 
 
 class SmeltError(Exception):

@@ -82,7 +82,7 @@ def combine(bank: ExpertBank, coef: Float[Tensor, "M E"]) -> ExpertBank:
 
 
 def permute_hidden(bank: ExpertBank, order: Int[Tensor, "E F"]) -> ExpertBank:
-    """The same functions with hidden units reordered: new unit j of expert e is unit order[e, j]."""
+    """The same functions, hidden units reordered: new unit j of expert e is unit order[e, j]."""
 
     def reorder(name: str, tensor: Tensor) -> Tensor:
         if name not in HIDDEN_AXIS:

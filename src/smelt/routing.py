@@ -1,4 +1,4 @@
-"""What a router did: on some tokens (`Routing`), and summed over a calibration set (`LayerStats`)."""
+"""What a router did: on some tokens (`Routing`), and summed over a text (`LayerStats`)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

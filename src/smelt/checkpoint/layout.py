@@ -161,7 +161,7 @@ def translate(
     keys: Mapping[str, Any],
     state: dict[str, Tensor],
 ) -> tuple[dict[str, Layout], list[str]]:
-    """The layout of each of the model's tensors, and the keys on disk that the model does not use."""
+    """The layout of each of the model's tensors, and the keys that the model does not use."""
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}

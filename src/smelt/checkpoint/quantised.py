@@ -127,7 +127,8 @@ def present(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str
     if method is not None and method not in READABLE:
         raise CheckpointError(
             f"The weights are quantised with {method}, which smelt cannot read (it reads bf16, "
-            f"fp16, fp32, {' and '.join(READABLE)}). Compress the unquantised checkpoint, then quantise."
+            f"fp16, fp32, {' and '.join(READABLE)}). Compress the unquantised checkpoint, then "
+            "quantise."
         )
     if method == "fp8":
         block = tuple(quantisation.get("weight_block_size") or (128, 128))

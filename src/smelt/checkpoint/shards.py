@@ -110,11 +110,13 @@ def list_tensors(folder: Path) -> dict[str, Entry]:
     ]
     if pickles:
         raise CheckpointError(
-            f"{folder}: only pickled weights ({pickles[0]} …). smelt reads safetensors only, because "
-            "a pickle can run code: convert it with transformers' save_pretrained, then try again."
+            f"{folder}: only pickled weights ({pickles[0]} …). smelt reads safetensors only, "
+            "because a pickle can run code: convert it with save_pretrained, then "
+            "try again."
         )
     raise CheckpointError(
-        f"{folder}: no {SINGLE} and no {INDEX}. Give a folder that save_pretrained wrote, or a hub id."
+        f"{folder}: no {SINGLE} and no {INDEX}. Give a folder that save_pretrained wrote, or a "
+        "hub id."
     )
 
 
@@ -133,7 +135,8 @@ def _from_index(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]
     if absent:
         raise CheckpointError(
             f"{folder / INDEX}: names {len(absent)} tensors that their shard does not hold, first "
-            f"{absent[0]!r} in {weight_map[absent[0]]}. Index and shards are of different checkpoints."
+            f"{absent[0]!r} in {weight_map[absent[0]]}. Index and shards are of "
+            "different checkpoints."
         )
     return {key: headers[name][key] for key, name in weight_map.items()}
 

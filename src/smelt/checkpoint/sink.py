@@ -96,8 +96,8 @@ class Sink:
         except OSError as error:
             file.with_name(file.name + ".writing").unlink(missing_ok=True)
             raise CheckpointError(
-                f"{self.staging}: writing failed ({error.strerror or error}). What is done so far is "
-                "kept: mend the cause and run the same command again."
+                f"{self.staging}: writing failed ({error.strerror or error}). What is done so far "
+                "is kept: mend the cause and run the same command again."
             ) from None
 
     def finish(self, count: int, config: Mapping[str, Any], documents: Mapping[str, str]) -> Path:
@@ -122,8 +122,8 @@ class Sink:
             (self.destination / "smelt" / JOURNAL).unlink()
         except OSError as error:
             raise CheckpointError(
-                f"{self.staging}: writing failed ({error.strerror or error}). What is done so far is "
-                "kept: mend the cause and run the same command again."
+                f"{self.staging}: writing failed ({error.strerror or error}). What is done so far "
+                "is kept: mend the cause and run the same command again."
             ) from None
         return self.destination
 
@@ -141,7 +141,7 @@ class Sink:
         _write_text(self.staging / INDEX, json.dumps(index_text, indent=2) + "\n")
 
     def _copy_others(self, documents: Mapping[str, str]) -> None:
-        """Tokenizer, generation config, chat template, licence: whatever lies beside the weights."""
+        """Tokenizer, generation config, chat template, licence: all that lies beside weights."""
         skip = {"config.json", INDEX, *documents}
         for path in sorted(self.source.folder.rglob("*")):
             relative = path.relative_to(self.source.folder)
@@ -202,7 +202,7 @@ def encode(source: Checkpoint, name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def stock_config(source: Checkpoint, num_experts: int, *, without_mtp: bool) -> dict[str, Any]:
-    """config.json with another expert count, and nothing else changed but what can no longer hold."""
+    """config.json with another expert count; else only what can no longer hold is changed."""
     config = copy.deepcopy(source.config_dict)
     before = {
         name: value

@@ -100,8 +100,8 @@ class Checkpoint:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.folder}: transformers cannot read config.json of model type {kind!r} "
-                f"({str(error).strip().splitlines()[0]}). A newer transformers may know the family; "
-                "docs/add-a-family.md says how one is added."
+                f"({str(error).strip().splitlines()[0]}). A newer transformers may know the "
+                "family; docs/add-a-family.md says how one is added."
             ) from None
 
     @cached_property
@@ -123,7 +123,8 @@ class Checkpoint:
             return skeleton.build(self.cls, self.config, self.dtype)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self.folder}: transformers cannot build {self.cls.__name__} from config.json ({error})."
+                f"{self.folder}: transformers cannot build {self.cls.__name__} from config.json "
+                f"({error})."
             ) from error
 
     @cached_property
@@ -143,8 +144,9 @@ class Checkpoint:
                 raise FileNotFoundError
         except Exception as error:  # tokenizers raise anything from OSError to bare Exception
             raise CheckpointError(
-                f"{self.folder}: no readable tokenizer beside the weights ({type(error).__name__}). "
-                "Text needs one: copy the tokenizer files of the original model into the folder."
+                f"{self.folder}: no readable tokenizer beside the weights "
+                f"({type(error).__name__}). Text needs one: copy the tokenizer files of the "
+                "original model into the folder."
             ) from None
         return found
 
@@ -235,10 +237,10 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash that tells checkpoints apart: configuration, every header, and bytes of every tensor.
+        """A hash that tells checkpoints apart: configuration, headers, and bytes of every tensor.
 
-        Sixteen bytes are read at the middle of each tensor, not the whole file: it tells a fine-tune from its
-        base in a second, and is no check against damage.
+        Sixteen bytes are read at the middle of each tensor, not the whole file: it tells a
+        fine-tune from its base in a second, and is no check against damage.
         """
         digest = hashlib.sha256(json.dumps(self.config_dict, sort_keys=True).encode())
         handles = {}

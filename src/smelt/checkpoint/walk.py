@@ -1,4 +1,4 @@
-"""The model's own forward, suspended at every block: all batches reach block i before any enters i+1.
+"""The model's own forward, suspended at every block, so that all batches go through it in step.
 
 So one block's weights are in memory at a time, whatever the model's size, and no family needs code:
 each batch runs in a greenlet that stops in a hook before the block and goes on when its weights are
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smelt.checkpoint.source import Checkpoint
 
 Visit = Callable[["Stage"], contextlib.AbstractContextManager[None]]
-"""Entered when a stage's weights are loaded and every batch waits before it; left when all have run."""
+"""Entered when a stage's weights are loaded and all batches wait before it; left when all ran."""
 
 _STAGED = (nn.Embedding, nn.Linear)
 _STAGED_PARAMS = 1 << 20
@@ -150,7 +150,7 @@ class Walk:
 
     def _hook(self, main: greenlet, until: str | None) -> list[Any]:
         def before(name: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
                 index = self.current
                 if self.hidden_on_cpu:
                     args, kwargs = _to(args, torch.device("cpu")), dict(kwargs)
@@ -162,7 +162,7 @@ class Walk:
             return hook
 
         def after(name: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
                 if name == until:
                     main.switch(name)  # nobody resumes it
                 return _to(output, torch.device("cpu")) if self.hidden_on_cpu else output
@@ -174,11 +174,11 @@ class Walk:
             hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             hooks.append(module.register_forward_hook(after(name)))
         if self.hidden_on_cpu:
-            for module in {self.model.get_submodule(n.rpartition(".")[0]) for n in self._resident}:
-                hooks.append(module.register_forward_pre_hook(self._bring))
+            owners = {self.model.get_submodule(n.rpartition(".")[0]) for n in self._resident}
+            hooks += [module.register_forward_pre_hook(self._bring) for module in owners]
         return hooks
 
-    def _bring(self, module: nn.Module, args: Any) -> Any:
+    def _bring(self, _module: nn.Module, args: Any) -> Any:
         return _to(args, self.device)
 
     def _move_buffers(self) -> None:

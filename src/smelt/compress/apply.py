@@ -41,7 +41,7 @@ class Changed:
 
 
 class Compressor:
-    """Makes the new tensors of one layer at a time; the streaming is `apply`'s and `sequential`'s."""
+    """Makes the new tensors of one layer at a time; `apply` and `sequential` stream."""
 
     def __init__(
         self,

@@ -88,8 +88,8 @@ class RoutingStats:
             )
         except FileNotFoundError as error:
             raise CalibrationError(
-                f"{folder}: no statistics there ({Path(str(error.filename)).name} is missing). Make them with `smelt "
-                "calibrate`."
+                f"{folder}: no statistics there ({Path(str(error.filename)).name} is missing). "
+                "Make them with `smelt calibrate`."
             ) from None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CalibrationError(
@@ -208,7 +208,7 @@ class Collector:
             self.stats[name] = accumulator.result()
 
     def _rows(self, layer: MoeLayer, stage: Stage) -> Callable[[], tuple[Tensor | None, Tensor]]:
-        """For the batch now running: its real tokens (None: all), and which of those are sampled."""
+        """For the batch now running: its real tokens (None: all), and which are sampled."""
         masks = [batch.side(layer.block).flatten() for batch in self.batches]
         counts = [int(mask.sum()) for mask in masks]
         total = sum(counts)

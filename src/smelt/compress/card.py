@@ -16,11 +16,9 @@ tags: [mixture-of-experts, smelt]
 
 | | before | after |
 |---|---:|---:|
-| experts per layer (mean) | {{ "%.1f"|format(experts_before) }} | {{ "%.1f"|format(experts_after) }} |
-| parameters | {{ "{:,}".format(p.params_before) }} | {{ "{:,}".format(p.params_after) }} |
-| tensor bytes | {{ "{:,}".format(p.bytes_before) }} | {{ "{:,}".format(p.bytes_after) }} |
-| MoE FLOPs per token | {{ "{:,}".format(p.moe_flops_per_token_before) }} | {{ "{:,}".format(p.moe_flops_per_token_after) }} |
-
+{% for name, before, after in rows -%}
+| {{ name }} | {{ before }} | {{ after }} |
+{% endfor %}
 Method `{{ plan.recipe.method }}` in the {{ plan.form }} form: {{ method }}.
 Calibrated on {{ "{:,}".format(stats.num_tokens) }} tokens (text hash `{{ stats.text[:12] }}`).
 
@@ -34,9 +32,24 @@ _LOADING = {
     "stock": "This is an ordinary checkpoint of its family: load it as you load the original.",
     "expanded": "This checkpoint has the original's size, every merged expert written out in each "
     "of its members' slots. It is for evaluation by third parties only.",
-    "mapped": "Load it with `import smelt` and transformers' Auto classes, or without smelt through "
-    "the modelling file beside the weights: `from_pretrained(folder, trust_remote_code=True)`.",
+    "mapped": "Load it with `import smelt` and transformers' Auto classes, or without smelt "
+    "through the modelling file beside the weights: "
+    "`from_pretrained(folder, trust_remote_code=True)`.",
 }
+
+
+def _rows(plan: Plan) -> list[tuple[str, str, str]]:
+    """Name, before, after."""
+    p, count = plan.predicted, len(plan.layers)
+    before = sum(layer.num_experts for layer in plan.layers) / count
+    after = sum(layer.num_groups for layer in plan.layers) / count
+    flops = p.moe_flops_per_token_before, p.moe_flops_per_token_after
+    return [
+        ("experts per layer (mean)", f"{before:.1f}", f"{after:.1f}"),
+        ("parameters", f"{p.params_before:,}", f"{p.params_after:,}"),
+        ("tensor bytes", f"{p.bytes_before:,}", f"{p.bytes_after:,}"),
+        ("MoE FLOPs per token", f"{flops[0]:,}", f"{flops[1]:,}"),
+    ]
 
 
 def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
@@ -51,9 +64,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)
     return template.render(
         name=checkpoint.folder.name,
-        experts_before=sum(x.num_experts for x in plan.layers) / len(plan.layers),
-        experts_after=sum(x.num_groups for x in plan.layers) / len(plan.layers),
-        p=plan.predicted,
+        rows=_rows(plan),
         plan=plan,
         method=", ".join(words),
         stats=stats,

@@ -1,4 +1,4 @@
-"""Sequential compression: each layer's groups are decided on what the compressed layers before it say.
+"""Sequential compression: a layer's groups are decided on the stream of the compressed ones.
 
 The budget is fixed by the one-shot plan. The walk stops at a block, watches it on the compressed
 stream, decides its groups anew, writes it, and goes on through the compressed block. A killed run
@@ -130,9 +130,10 @@ def _running_as(stage: Stage, twin: PreTrainedModel, changed: list[Changed]) -> 
     block = twin.get_submodule(stage.name)
     meta = dict(block.named_parameters())
     device = stage.walk.device
-    for name, tensor in block.state_dict().items():
+    own = stage.module.state_dict()
+    for name in block.state_dict():
         path = f"{stage.name}.{name}"
-        value = new[path] if path in new else stage.module.state_dict()[name]
+        value = new[path] if path in new else own[name]
         put(twin, path, value, device)
     stage.module.forward = block.forward
     try:
