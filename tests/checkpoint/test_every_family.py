@@ -83,6 +83,22 @@ def test_a_family_with_the_contract_works_end_to_end(name: str, tmp_path: Path) 
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_token_that_wants_no_expert_counts_for_none(tmp_path: Path) -> None:
+    """Zaya's router may choose to skip: it passes expert 0 with weight 0."""
+    model = tiny_model(BY_NAME["ZayaExperts"])
+    for name, buffer in model.named_buffers():
+        if name.endswith("balancing_biases"):
+            buffer[-1] = 10.0
+    model.save_pretrained(tmp_path / "source")
+    checkpoint = Checkpoint.open(tmp_path / "source")
+    batches = batches_of([checkpoints.random_inputs(checkpoint.config)])
+    stats = calibrate(checkpoint, batches, text="t", sample_tokens=10)
+    assert stats.layers
+    for layer in stats.layers.values():
+        assert layer.num_tokens == 48
+        assert not layer.count.any()
+
+
 def agrees_with_its_router(layer: MoeLayer, model: PreTrainedModel) -> None:
     """What is said of the scores and groups of a layer is what its router's source does."""
     assert layer.router is not None

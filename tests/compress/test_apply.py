@@ -10,10 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from compress.laws import TOKENS, Ground
+from compress.laws import TOKENS, Ground, batches
 from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
+from smelt.compress.calibrate import calibrate
+from smelt.compress.facts import read_facts
+from smelt.compress.pipeline import run_plan
 from smelt.compress.plan import Plan
 from smelt.errors import CheckpointError, PlanError
 
@@ -70,6 +73,25 @@ def test_bytes_on_disk_are_what_the_plan_predicted(ground, tmp_path, form, seque
     assert sum(t.nbytes for t in tensors(out).values()) == plan.predicted.bytes_after
     model = AutoModelForCausalLM.from_pretrained(out)
     assert sum(p.numel() for p in model.parameters()) == plan.predicted.params_after
+
+
+@pytest.mark.parametrize("form", ["mapped", "expanded"])
+def test_sequential_decides_a_layer_on_the_stream_of_the_compressed_ones(ground, tmp_path, form):
+    """Layer 1 is decided as one-shot decides it for a checkpoint whose layer 0 is compressed."""
+    sequential = ground.compress(tmp_path / "sequential", form=form, sequential=True, budget="uniform")
+    first = ground.plan(tmp_path / "first", form="expanded", excluded=(1, 2), budget="uniform")
+    folder = apply(ground.checkpoint, first, tmp_path / "first", stats=ground.stats)
+    prefix = Checkpoint.open(folder)
+    stats = calibrate(prefix, batches(2), text="tokens", sample_tokens=64)
+    facts = read_facts(prefix)
+    recipe = ground.recipe(tmp_path / "out", form=form, budget="uniform")
+    expected = run_plan(prefix, stats, recipe, facts).layers[1]
+    found = Plan.load(sequential / "smelt" / "plan.json").layers[1]
+    assert found.dominants == expected.dominants
+    assert found.labels == expected.labels
+    assert found.weights == pytest.approx(expected.weights)
+    one_shot = ground.plan(tmp_path / "out", form=form, budget="uniform").layers[1]
+    assert found.weights != one_shot.weights
 
 
 def test_a_global_budget_gives_layers_different_counts_that_add_up(ground, tmp_path):

@@ -19,6 +19,8 @@ from smelt.routing import Accumulator, Routing
 Rows = Callable[[], tuple[Tensor | None, Tensor]]
 """For the batch now running: ids of its real tokens (None: all), and which of those are sampled."""
 
+_TOKENS_AT_ONCE = 128
+
 
 @contextlib.contextmanager
 def watch(model: nn.Module, layer: MoeLayer, rows: Rows, sums: Accumulator) -> Iterator[None]:
@@ -109,12 +111,11 @@ def _observed(
     norm = torch.empty(stop, dtype=torch.float32, device=x.device)
     totals = torch.zeros(num_experts, x.shape[-1], dtype=torch.float32, device=x.device)
     run = expert_function(experts)
-    gathered = x[token]
     for expert in range(num_experts):
         start, end = edges[expert], edges[expert + 1]
         if start == end:
             continue
-        y = run(expert, gathered[start:end])
+        y = run(expert, x.index_select(0, token[start:end]))
         torch.mul(y, gate[start:end, None], out=out[start:end])
         norm[start:end] = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32)
         kept = y if is_real is None else y[is_real[token[start:end]]]
@@ -129,4 +130,17 @@ def _observed(
     sums.add_routing(kept_x, kept_routing, sampled)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.shape[0], device=order.device)
-    return out[place].view(num_tokens, num_choices, -1).sum(1).to(x.dtype)
+    return _summed(out, place.view(num_tokens, num_choices), x.dtype)
+
+
+def _summed(out: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of each token's K choices, whose rows of `out` [N·K, D] are `place` [N, K].
+
+    Some tokens at a time: a second tensor of N·K·D fresh memory costs more than the sum itself.
+    """
+    total = out.new_empty(place.shape[0], out.shape[1], dtype=dtype)
+    for start in range(0, place.shape[0], _TOKENS_AT_ONCE):
+        rows = place[start : start + _TOKENS_AT_ONCE]
+        picked = out.index_select(0, rows.reshape(-1)).view(*rows.shape, -1)
+        total[start : start + _TOKENS_AT_ONCE] = picked.sum(1)
+    return total

@@ -21,6 +21,7 @@ Visit = Callable[["Stage"], contextlib.AbstractContextManager[None]]
 _STAGED = (nn.Embedding, nn.Linear)
 _STAGED_PARAMS = 1 << 20
 _META = torch.device("meta")
+_CPU = torch.device("cpu")
 
 
 class Stage:
@@ -38,7 +39,16 @@ class Stage:
             args, kwargs = self.walk.waiting[index]
             device = self.walk.device
             with torch.no_grad():
-                self.module.forward(*_to(args, device), **_to(kwargs, device))
+                type(self.module).forward(self.module, *_to(args, device), **_to(kwargs, device))
+
+    @contextlib.contextmanager
+    def runs_as(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Within: another forward runs in the place of the module's own."""
+        self.walk.replacement = forward
+        try:
+            yield
+        finally:
+            self.walk.replacement = None
 
 
 class Walk:
@@ -67,6 +77,7 @@ class Walk:
         self.read = read or checkpoint.read
         self.model = checkpoint.skeleton()
         self.current = 0
+        self.replacement: Callable[..., Any] | None = None
         self.waiting: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((), {})] * len(batches)
         self._meta = dict(self.model.named_parameters(remove_duplicate=False))
         self._stages = self._find_stages()
@@ -110,7 +121,8 @@ class Walk:
         self._move_buffers()
         self.load(self._resident)
         main = getcurrent()
-        hooks = self._hook(main, until)
+        hooks = self._hook()
+        self._suspend(main, until)
         runs = [greenlet(self._forward, main) for _ in self.batches]
         try:
             at = [self._resume(run, i) for i, run in enumerate(runs)]
@@ -137,6 +149,8 @@ class Walk:
                     run.throw(GreenletExit)
             for hook in hooks:
                 hook.remove()
+            for module in self._stages.values():
+                del module.forward
             self.unload(list(self._meta))
 
     def _forward(self, index: int) -> Any:
@@ -148,35 +162,38 @@ class Walk:
         with torch.no_grad():
             return run.switch() if run else run.switch(index)
 
-    def _hook(self, main: greenlet, until: str | None) -> list[Any]:
-        def before(name: str) -> Callable[..., Any]:
-            def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _suspend(self, main: greenlet, until: str | None) -> None:
+        """Make every stage wait for its turn.
+
+        Its forward is replaced, not hooked: a module's call looks its forward up before it runs
+        hooks, and what runs may be another's by then (`Stage.runs_as`).
+        """
+
+        def waits(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 index = self.current
                 if self.hidden_on_cpu:
-                    args, kwargs = _to(args, torch.device("cpu")), dict(kwargs)
+                    args = _to(args, _CPU)
                 self.waiting[index] = (args, kwargs)
                 main.switch(name)
                 self.waiting[index] = ((), {})
-                return _to(args, self.device), _to(kwargs, self.device)
-
-            return hook
-
-        def after(name: str) -> Callable[..., Any]:
-            def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+                run = self.replacement or own
+                output = run(*_to(args, self.device), **_to(kwargs, self.device))
                 if name == until:
                     main.switch(name)  # nobody resumes it
-                return _to(output, torch.device("cpu")) if self.hidden_on_cpu else output
+                return _to(output, _CPU) if self.hidden_on_cpu else output
 
-            return hook
+            return forward
 
-        hooks: list[Any] = []
         for name, module in self._stages.items():
-            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            hooks.append(module.register_forward_hook(after(name)))
-        if self.hidden_on_cpu:
-            owners = {self.model.get_submodule(n.rpartition(".")[0]) for n in self._resident}
-            hooks += [module.register_forward_pre_hook(self._bring) for module in owners]
-        return hooks
+            module.forward = waits(name, module.forward)
+
+    def _hook(self) -> list[Any]:
+        """Where hidden states rest on the CPU, bring them to what runs between the blocks."""
+        if not self.hidden_on_cpu:
+            return []
+        owners = {self.model.get_submodule(n.rpartition(".")[0]) for n in self._resident}
+        return [module.register_forward_pre_hook(self._bring) for module in owners]
 
     def _bring(self, _module: nn.Module, args: Any) -> Any:
         return _to(args, self.device)

@@ -135,11 +135,10 @@ def _running_as(stage: Stage, twin: PreTrainedModel, changed: list[Changed]) -> 
         path = f"{stage.name}.{name}"
         value = new[path] if path in new else own[name]
         put(twin, path, value, device)
-    stage.module.forward = block.forward
     try:
-        yield
+        with stage.runs_as(block.forward):
+            yield
     finally:
-        del stage.module.forward
         for name, param in meta.items():
             owner, _, leaf = name.rpartition(".")
             block.get_submodule(owner)._parameters[leaf] = param
