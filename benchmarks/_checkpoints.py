@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from smelt.checkpoint import skeleton
 from smelt.checkpoint.shards import INDEX, write_shard
-from smelt.sources import parse_source
+from smelt.text.sources import parse_source
 from smelt.train.data import train_tokenizer
 
 EMBEDDED = Path(__file__).parents[1] / "src/smelt/data/tiny-moe"

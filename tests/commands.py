@@ -48,7 +48,7 @@ def smelt(*words: object) -> Outcome:
 @cache
 def tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """A small byte-level tokenizer, fitted to TEXT."""
-    from smelt.sources import parse_source
+    from smelt.text.sources import parse_source
     from smelt.train.data import train_tokenizer
 
     return train_tokenizer(

@@ -23,11 +23,7 @@ ORDER = (
     ("experts",),
     ("factors",),
     ("routing",),
-    ("pieces",),
-    ("library",),
-    ("sources",),
     ("text",),
-    ("spans",),
     ("checkpoint",),
     ("compress", "samoe"),  # beside each other: neither knows the other
     ("train",),

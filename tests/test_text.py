@@ -10,10 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from smelt import library
 from smelt.errors import CalibrationError, RecipeError
-from smelt.sources import draw_documents
-from smelt.text import TextSource, as_source, parse_source, read_documents, tokenize
+from smelt.text import TextSource, as_source, library, parse_source, read_documents, tokenize
+from smelt.text.sources import draw_documents
 
 
 def byte_tokenizer(**special):
@@ -149,7 +148,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path):
 
 
 def test_only_what_is_drawn_is_read(tmp_path, tokenizer, monkeypatch):
-    from smelt import pieces
+    from smelt.text import pieces
 
     (tmp_path / "big.txt").write_text("some words in a line\n" * 200_000)
     read, decode = [], pieces._decode

@@ -16,8 +16,8 @@ from smelt.evaluate.perplexity import measure
 from smelt.evaluate.results import Setting, load, markdown, rows
 from smelt.evaluate.results import save as save_results
 from smelt.evaluate.sequences import PerSequence, per_sequence
-from smelt.sources import parse_source
 from smelt.text import make_blocks, tokenize
+from smelt.text.sources import parse_source
 from smelt.train.data import train_tokenizer
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CalibrationError
-from smelt.spans import sentinels, span_corruption
 from smelt.text import TokenBlocks
+from smelt.text.spans import sentinels, span_corruption
 
 
 @dataclass(frozen=True)

@@ -195,18 +195,28 @@ def apply(
         compressor = Compressor(checkpoint, facts, plan, aligner)
         for index, stage in enumerate(stages):
             if not sink.has(index, count):
-                changed = [
-                    compressor.compress(
-                        layer,
-                        plan.layer(layer.name),
-                        stats.layers.get(layer.name) if stats else None,
-                    )
-                    for layer in facts.anatomy.layers_of(stage)
-                ]
-                sink.write(index, count, stage_tensors(checkpoint, facts, plan, stage, changed))
+                sink.write(index, count, _compressed(compressor, stage, stats))
             if progress:
                 progress(stage or "the rest", index + 1, count)
     return finish(sink, checkpoint, facts, plan, count, documents or {})
+
+
+def _compressed(
+    compressor: Compressor, stage: str, stats: RoutingStats | None
+) -> dict[str, Tensor]:
+    """What the shard of a stage holds.
+
+    Nobody else holds it: kept while the next block is compressed, it would be counted twice.
+    """
+    changed = [
+        compressor.compress(
+            layer,
+            compressor.plan.layer(layer.name),
+            stats.layers.get(layer.name) if stats else None,
+        )
+        for layer in compressor.facts.anatomy.layers_of(stage)
+    ]
+    return stage_tensors(compressor.checkpoint, compressor.facts, compressor.plan, stage, changed)
 
 
 def finish(

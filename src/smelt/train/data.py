@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from smelt.errors import CalibrationError
-from smelt.pieces import plain_text
-from smelt.sources import TextSource, draw_documents
-from smelt.spans import IGNORED
 from smelt.text import TokenBlocks
+from smelt.text.pieces import plain_text
+from smelt.text.sources import TextSource, draw_documents
+from smelt.text.spans import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
 Example = dict[str, Tensor]  # one sequence as a model takes it, labels with it

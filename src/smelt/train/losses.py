@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from smelt.spans import IGNORED
+from smelt.text.spans import IGNORED
 
 
 def targets(labels: Int[Tensor, "B T"], is_causal: bool) -> Int[Tensor, "B T"]:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from smelt.checkpoint.bind import find_layers
 from smelt.errors import CheckpointError, RecipeError
-from smelt.spans import IGNORED
 from smelt.text import TokenBlocks
+from smelt.text.spans import IGNORED
 from smelt.train import losses
 from smelt.train.data import Example
 

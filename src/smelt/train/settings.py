@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from smelt.recipe import Settings
-from smelt.sources import TextSource, as_source
+from smelt.text.sources import TextSource, as_source
 
 Sources = Annotated[
     tuple[Annotated[TextSource, BeforeValidator(as_source)], ...], Field(min_length=1)

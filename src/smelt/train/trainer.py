@@ -24,9 +24,9 @@ from transformers import (
 
 from smelt.errors import RecipeError
 from smelt.recipe import dump_recipe, expand_environment
-from smelt.sources import TextSource
-from smelt.spans import sentinels, span_corruption
 from smelt.text import TokenBlocks, tokenize
+from smelt.text.sources import TextSource
+from smelt.text.spans import sentinels, span_corruption
 from smelt.train import losses
 from smelt.train.build import build_model
 from smelt.train.data import (

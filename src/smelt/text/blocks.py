@@ -12,24 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smelt.errors import CalibrationError
-from smelt.pieces import Document, plain_text
-from smelt.sources import (
+from smelt.text.pieces import Document, plain_text
+from smelt.text.sources import (
     TextSource,
-    as_source,
     draw_documents,
-    parse_source,
-    read_documents,
 )
-
-__all__ = [
-    "TextSource",
-    "TokenBlocks",
-    "as_source",
-    "make_blocks",
-    "parse_source",
-    "read_documents",
-    "tokenize",
-]
 
 
 @dataclass(frozen=True)

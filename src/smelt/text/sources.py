@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from smelt import library
 from smelt.errors import CalibrationError
-from smelt.pieces import (
+from smelt.recipe import expand_environment
+from smelt.text import library
+from smelt.text.pieces import (
     LOOK_BYTES,
     Document,
     Shelf,
@@ -22,7 +23,6 @@ from smelt.pieces import (
     plain_text,
     row_document,
 )
-from smelt.recipe import expand_environment
 
 Kind = Literal["files", "jsonl", "dataset", "python"]
 Split = Literal["train", "held-out", "all"]
@@ -40,7 +40,7 @@ class TextSource:
     location: str = ""  # path, glob, folder; dataset id "name:config:split"; "" for python
     weight: float = 1.0
     field: str = "text"  # the jsonl field or dataset column
-    split: Split = "train"  # python only: see `smelt.library.is_held_out`
+    split: Split = "train"  # python only: see `smelt.text.library.is_held_out`
     part: Part = "all"  # python only: library source (code), documentation (prose)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from smelt.errors import CalibrationError
-from smelt.text import TokenBlocks
+from smelt.text.blocks import TokenBlocks
 
 IGNORED = -100  # a label that is not predicted
 
