@@ -192,10 +192,11 @@ def test_another_compression_does_not_touch_an_unfinished_one(ground, tmp_path, 
     assert contents(tmp_path / "out.partial") == before
 
 
-def test_sharded_half_precision_tied_checkpoints_keep_what_is_not_an_expert(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_sharded_tied_checkpoints_keep_their_type_and_what_is_not_an_expert(tmp_path, dtype):
     model_folder = tmp_path / "source"
     ground = Ground.make(model_folder, tie_word_embeddings=True)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype)
     sharded = tmp_path / "sharded"
     model.save_pretrained(sharded, max_shard_size="20KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -210,7 +211,7 @@ def test_sharded_half_precision_tied_checkpoints_keep_what_is_not_an_expert(tmp_
     assert "lm_head.weight" not in after
     same = [k for k in after if ".experts." not in k and ".gate." not in k]
     assert all(torch.equal(before[k], after[k]) for k in same)
-    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    assert {t.dtype for t in after.values()} == {dtype}
     assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (out / "generation_config.json").read_bytes() == (
         sharded / "generation_config.json"

@@ -33,8 +33,8 @@ def demo(
         str | None, typer.Option("--source", help="Another checkpoint than the embedded one.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=64, help="Tokens to calibrate on, and of each test.")
-    ] = 16_384,
+        int, typer.Option("--tokens", min=64, help="Tokens to calibrate on, and of both tests.")
+    ] = 8_192,
     device: options.Device = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -52,7 +52,7 @@ def demo(
     chosen = source or str(EMBEDDED)
     with _folder(output) as folder, screen.watching() as stages:
         made = _compress(chosen, folder, tokens, device or "cpu", screen, stages)
-        rows = _measure(chosen, made, tokens, device or "cpu", screen, stages)
+        rows = _measure(chosen, made, tokens // 2, device or "cpu", screen, stages)
     from smelt.evaluate.results import markdown
 
     kept = f"The checkpoints are in {output}.\n" if output else ""
