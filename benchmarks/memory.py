@@ -72,7 +72,13 @@ class Case:
         calibration = {"num_tokens": self.tokens, "sequence_length": 512, "batch_size": 4}
         more = {"align": self.align} if self.align else {}
         workers = {"workers": self.solves} if self.solves else {}
-        return {"experts": self.experts, "calibration": calibration, **more, **workers}
+        return {
+            "method": "m-smoe",
+            "experts": self.experts,
+            "calibration": calibration,
+            **more,
+            **workers,
+        }
 
     def bound(self, largest_block: int) -> int:
         hidden_states = self.tokens * self.fields["hidden_size"] * 2

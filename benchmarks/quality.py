@@ -48,6 +48,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "m-smoe, stock, dominant rows": {**STOCK, "router": "dominant"},
     "m-smoe, stock, mean rows": {**STOCK, "router": "mean"},
     "m-smoe, stock, refitted rows": {**STOCK, "router": "refit"},
+    "m-smoe by saliency, mapped, global budget": {
+        **MAPPED,
+        "score": "saliency",
+        "budget": "global",
+    },
+    "m-smoe by saliency, stock, dominant rows": {**STOCK, "score": "saliency"},
+    "m-smoe by saliency, stock, refitted rows": {**STOCK, "score": "saliency", "router": "refit"},
     "m-smoe by mean saliency, stock, dominant rows": {**STOCK, "score": "mean-saliency"},
     "m-smoe by mean saliency, stock, refitted rows": {
         **STOCK,

@@ -74,7 +74,10 @@ def measure(
         )
         batches = random_batches(fields["vocab_size"], tokens)
         recipe = CompressRecipe(
-            source=str(source), output=str(out), experts=fields["num_experts"] // 2
+            source=str(source),
+            output=str(out),
+            method="m-smoe",
+            experts=fields["num_experts"] // 2,
         )
         for turn in range(repeats + 1):
             found = _stages(source, out, batches, recipe, now)

@@ -205,6 +205,7 @@ def whole(
         recipe = CompressRecipe(
             source=str(source),
             output=str(out),
+            method="m-smoe",
             experts=fields["num_experts"] // 2,
             calibration=calibration,
             workers=1,
