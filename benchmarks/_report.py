@@ -55,9 +55,10 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def save(name: str, result: dict[str, Any]) -> None:
-    """Write `results/NAME.json`."""
+def save(name: str, parts: dict[str, Any]) -> None:
+    """Write `results/NAME.json`; parts that this run did not measure stay as they were."""
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(kept | parts, indent=1) + "\n")
     print(f"\nwritten: {file}")

@@ -116,6 +116,7 @@ def measure(name: str, case: Case, source: Path, folder: Path) -> dict[str, Any]
     largest = largest_block(source)
     peak, bound = usage.ru_maxrss << 10, case.bound(largest)
     return {
+        "machine": machine(),
         "largest_block": largest,
         "hidden_states": case.tokens * case.fields["hidden_size"] * 2,
         "peak": peak,
@@ -170,8 +171,8 @@ def main() -> None:
         (name, *(f"{r[k] / GIB:.2f} GiB" for k in keys), r["ratio"]) for name, r in results.items()
     ]
     show("Peak memory", header, rows)
-    if not options.quick and not options.only:
-        save("memory", {"machine": machine(), "cases": results})
+    if not options.quick:
+        save("memory", results)
 
 
 if __name__ == "__main__":

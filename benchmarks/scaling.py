@@ -157,8 +157,9 @@ def main() -> None:
     for axis, sizes in axes.items():
         results.append(run(axis, sizes, 1 if options.quick else 3, now))
         report(results[-1])
-    if not options.quick and not options.cpu_time:
-        save("scaling", {"machine": machine(), "base": BASE, "tokens": TOKENS, "axes": results})
+    if not options.quick:
+        facts = {"machine": machine(), "clock": now.__name__, "base": BASE, "tokens": TOKENS}
+        save("scaling", {**facts, "axes": results})
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ SHAPE = {
 }
 QUICK_SHAPE = {**SHAPE, "hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 128}
 
+DTYPES = ("float32", "bfloat16")
 PHASES = {
     "opening": [("checkpoint.source", "Checkpoint.open"), ("compress.pipeline", "read_facts")],
     "text": [("compress.pipeline", "read_text")],
@@ -324,15 +325,17 @@ def main() -> None:
     torch.set_num_threads(1)
     fields = qwen3(**(QUICK_SHAPE if options.quick else SHAPE))
     tokens, repeats = (2048, 1) if options.quick else (16_384, 5)
-    result: dict[str, Any] = {"machine": machine(), "shape": fields}
+    facts = {"machine": machine(), "shape": fields, "clock": now.__name__}
+    result: dict[str, Any] = {}
     if options.only != "whole":
-        dtypes = ("float32", "bfloat16")
-        result["statistics"] = [statistics(fields, d, tokens // 2, repeats, now) for d in dtypes]
-        report_statistics(result["statistics"])
+        found = [statistics(fields, d, tokens // 2, repeats, now) for d in DTYPES]
+        report_statistics(found)
+        result["statistics"] = {**facts, "passes": found}
     if options.only != "statistics":
-        result["whole"] = whole(fields, tokens, min(3, repeats), now)
-        report_whole(result["whole"])
-    if not (options.quick or options.only or options.cpu_time):
+        taken = whole(fields, tokens, min(3, repeats), now)
+        report_whole(taken)
+        result["whole"] = {**facts, **taken}
+    if not options.quick:
         save("speed", result)
 
 

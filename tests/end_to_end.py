@@ -46,6 +46,7 @@ def compress(
     output: Path,
     settings: dict[str, Any],
 ) -> tuple[Path, Plan]:
+    settings = {"method": "m-smoe"} | settings
     recipe = CompressRecipe(source=str(checkpoint.folder), output=str(output), **settings)
     plan = run_plan(checkpoint, stats, recipe, facts)
     if not output.exists():

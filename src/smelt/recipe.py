@@ -157,16 +157,21 @@ class CalibrationRecipe(Settings):
     input_gram: bool = False  # the dearest statistic: D×D per layer
 
 
+DEFAULT_METHODS = {"stock": "reap", "mapped": "m-smoe-saliency", "expanded": "m-smoe-saliency"}
+"""What won the study (LAB.md, 2026-11-22); only the stock form can drop experts."""
+
+
 class CompressRecipe(Settings):
     """A compression: a method by name, the coordinates that differ from it, and a budget.
 
-    A coordinate left out (None) is the method's own.
+    A method left out is the one that won the study in the form; a coordinate left out (None) is the
+    method's own.
     """
 
     source: str
     output: str
     form: Literal["stock", "mapped", "expanded"] = "stock"
-    method: str = "m-smoe"
+    method: str
     score: str | None = None
     similarity: str | None = None
     budget: Literal["uniform", "global"] | None = None
@@ -189,6 +194,13 @@ class CompressRecipe(Settings):
         default=None, ge=1
     )  # alignment solves at a time; None: one per core
     trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_of_the_form(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("method") is not None:
+            return values
+        return {**values, "method": DEFAULT_METHODS.get(values.get("form", "stock"), "reap")}
 
     @field_validator("protect", mode="before")
     @classmethod

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import save
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from checkpoints import save
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError
 
@@ -27,7 +27,9 @@ def test_a_hub_id_opens_the_snapshot_in_the_cache_without_a_network(folder, tmp_
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
     opened = Checkpoint.open("lab/tiny")
     assert opened.fingerprint == Checkpoint.open(folder).fingerprint
-    assert torch.equal(opened.read("lm_head.weight"), Checkpoint.open(folder).read("lm_head.weight"))
+    assert torch.equal(
+        opened.read("lm_head.weight"), Checkpoint.open(folder).read("lm_head.weight")
+    )
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_clear_error():

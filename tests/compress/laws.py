@@ -53,7 +53,7 @@ class Ground:
         return cls(folder, checkpoint, read_facts(checkpoint), stats)
 
     def recipe(self, out: Path, **settings: Any) -> CompressRecipe:
-        settings = {"experts": 4} | settings
+        settings = {"experts": 4, "method": "m-smoe"} | settings
         return CompressRecipe(source=str(self.folder), output=str(out), **settings)
 
     def plan(self, out: Path, **settings: Any) -> Plan:

@@ -78,16 +78,14 @@ def test_bytes_on_disk_are_what_the_plan_predicted(ground, tmp_path, form, seque
 @pytest.mark.parametrize("form", ["mapped", "expanded"])
 def test_sequential_decides_a_layer_on_the_stream_of_the_compressed_ones(ground, tmp_path, form):
     """Layer 1 is decided as one-shot decides it for a checkpoint whose layer 0 is compressed."""
-    sequential = ground.compress(
-        tmp_path / "sequential", form=form, sequential=True, budget="uniform"
-    )
+    settings = {"form": form, "budget": "uniform"}
+    sequential = ground.compress(tmp_path / "sequential", sequential=True, **settings)
     first = ground.plan(tmp_path / "first", form="expanded", excluded=(1, 2), budget="uniform")
     folder = apply(ground.checkpoint, first, tmp_path / "first", stats=ground.stats)
     prefix = Checkpoint.open(folder)
     stats = calibrate(prefix, batches(2), text="tokens", sample_tokens=64)
-    facts = read_facts(prefix)
     recipe = ground.recipe(tmp_path / "out", **settings)
-    expected = run_plan(prefix, stats, recipe, facts).layers[1]
+    expected = run_plan(prefix, stats, recipe, read_facts(prefix)).layers[1]
     found = Plan.load(sequential / "smelt" / "plan.json").layers[1]
     assert found.dominants == expected.dominants
     assert found.labels == expected.labels

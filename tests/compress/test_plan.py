@@ -12,7 +12,7 @@ from smelt.compress.methods import METHODS_TABLE, resolve
 from smelt.compress.plan import LayerFacts, Plan
 from smelt.compress.similarity import Evidence
 from smelt.errors import PlanError, RecipeError
-from smelt.recipe import CompressRecipe, check_recipe
+from smelt.recipe import DEFAULT_METHODS, CompressRecipe, check_recipe
 from smelt.routing import LayerStats
 
 NAMES = ("model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp")
@@ -38,6 +38,7 @@ def facts_of(**changes: Any) -> list[LayerFacts]:
 def recipe_of(**settings: Any) -> CompressRecipe:
     if "keep" not in settings:
         settings.setdefault("experts", 4)
+    settings.setdefault("method", "m-smoe")
     return check_recipe({"source": "in", "output": "out", **settings}, CompressRecipe)
 
 
@@ -64,7 +65,9 @@ def plan_of(facts: list[LayerFacts] | None = None, seed: int = 0, **settings: An
 def test_a_plan_is_a_function_of_its_inputs_and_survives_the_file(
     method: str, similarity: str, tmp_path: Path
 ) -> None:
-    settings = {"method": method, "similarity": similarity, "protect": {1: [3], NAMES[2]: [0]}}
+    settings: dict[str, Any] = {"method": method, "protect": {1: [3], NAMES[2]: [0]}}
+    if METHODS_TABLE[method].operator == "merge":
+        settings["similarity"] = similarity
     plan = plan_of(**settings)
     assert plan == plan_of(**settings)
     plan.save(tmp_path / "plan.json")
@@ -242,6 +245,19 @@ def test_weights_are_read_only_where_the_similarity_asks() -> None:
     assert asked == []
     make_plan(facts_of(), stats_of(), recipe_of(similarity="expert-weight"), bank=bank)
     assert asked == list(NAMES)
+
+
+def test_a_method_left_out_is_one_that_the_form_can_hold() -> None:
+    for form, method in DEFAULT_METHODS.items():
+        values = {"source": "in", "output": "out", "experts": 4, "form": form}
+        recipe = check_recipe(values, CompressRecipe)
+        assert recipe.method == method
+        check(facts_of(), recipe)
+
+
+def test_a_merge_setting_that_a_dropping_method_skips_is_said() -> None:
+    with pytest.warns(UserWarning, match="align skipped"):
+        plan_of(method="reap", align="none")
 
 
 def test_a_recipe_overrides_coordinates_of_its_method() -> None:

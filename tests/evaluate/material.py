@@ -67,7 +67,9 @@ class Material:
         )
 
     def plan(self, **settings: Any) -> Plan:
-        recipe = CompressRecipe(source=str(self.source.folder), output="out", **settings)
+        recipe = CompressRecipe(
+            source=str(self.source.folder), output="out", **{"method": "m-smoe"} | settings
+        )
         return run_plan(self.source, self.stats, recipe, self.facts)
 
     def compress(self, folder: Path, **settings: Any) -> Checkpoint:

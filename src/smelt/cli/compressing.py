@@ -14,7 +14,9 @@ Experts = Annotated[int | None, typer.Option("--experts", help="Experts kept per
 Keep = Annotated[float | None, typer.Option("--keep", help="Or the share of them: 0.5.")]
 Method = Annotated[
     str | None,
-    typer.Option("--method", help="m-smoe, frequency, ean, reap, or module:function."),
+    typer.Option(
+        "--method", help="reap, frequency, ean, m-smoe, m-smoe-saliency, or module:function."
+    ),
 ]
 Sequential = Annotated[
     bool | None,

@@ -84,7 +84,7 @@ def _compress(
 ) -> list[Path]:
     """Calibrate once, then compress by each of the runs."""
     from smelt import api
-    from smelt.recipe import CompressRecipe
+    from smelt.recipe import DEFAULT_METHODS
 
     about = api.inspect(source)
     screen.note(
@@ -92,9 +92,9 @@ def _compress(
         f"{size(about.num_bytes)}. Calibrating it once, on {tokens:,} tokens of the Python library."
     )
     stats = api.calibrate(source, num_tokens=tokens, device=device, stages=stages)
-    method = CompressRecipe.model_fields["method"].default
     made = []
     for keep, form in RUNS:
+        method = DEFAULT_METHODS[form]
         screen.note(f"2/3  Keeping {keep:.0%} of the experts: {method}, {form} form.")
         target = folder / f"{form}-{keep:.0%}".replace("%", "-percent")
         settings: dict[str, Any] = {"keep": keep, "form": form, "device": device}

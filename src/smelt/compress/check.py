@@ -1,5 +1,6 @@
 """What a plan refuses before anything is read, and what a recipe says about each layer."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from math import floor
 
@@ -14,6 +15,9 @@ from smelt.errors import PlanError
 from smelt.plugins import find
 from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
+
+MERGE_ONLY = ("similarity", "align", "reference", "weights")
+"""Coordinates that say nothing to a method that drops experts."""
 
 
 def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
@@ -30,6 +34,12 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
         raise PlanError(
             f"method {recipe.method} drops experts, so its router loses their rows: only the stock "
             f"form can hold that, not {recipe.form}. Set form: stock, or merge (m-smoe)."
+        )
+    skipped = [name for name in MERGE_ONLY if getattr(recipe, name) is not None]
+    if method.operator == "drop" and skipped:
+        warnings.warn(
+            f"method {recipe.method} drops experts and merges none: {', '.join(skipped)} skipped.",
+            stacklevel=2,
         )
     if recipe.strict and method.budget != "global":
         raise PlanError("strict is a rule of the global budget. Set budget: global, or no strict.")

@@ -22,6 +22,7 @@ class Method:
 
 METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:2510.13999
     "m-smoe": Method(operator="merge", score="count", budget="global"),
+    "m-smoe-saliency": Method(operator="merge", score="saliency", budget="global"),
     "frequency": Method(operator="drop", score="count"),
     "ean": Method(operator="drop", score="ean"),
     "reap": Method(operator="drop", score="mean-saliency"),
