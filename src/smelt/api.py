@@ -31,6 +31,7 @@ from smelt.compress.pipeline import (
     silent,
 )
 from smelt.compress.plan import Plan
+from smelt.errors import PlanError
 from smelt.evaluate import compare as comparing
 from smelt.evaluate.compare import Compared
 from smelt.evaluate.fidelity import Fidelity, fidelity
@@ -166,6 +167,11 @@ def apply(
             router; always good for the model card.
     """
     found = plan if isinstance(plan, Plan) else Plan.load(plan)
+    if found.recipe.sequential:
+        raise PlanError(
+            "The plan is sequential: its groups are decided while the model is walked. Carry it "
+            "out with `smelt compress` and the same settings, or plan without sequential."
+        )
     known = None if stats is None else load_stats(stats)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     check_destination(destination, checkpoint.folder)

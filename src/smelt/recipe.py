@@ -121,7 +121,8 @@ def _explain(problem: Any, cls: type[Settings]) -> str:
         return f"there is no setting {name!r}. {_offer(cls, where[:-1])}"
     if problem["type"] == "missing":
         return f"the setting {name!r} is missing. {_offer(cls, where[:-1])}"
-    return f"{name or 'recipe'} = {problem['input']!r} cannot be: {problem['msg']}."
+    said = problem["msg"].removeprefix("Value error, ")
+    return f"{name} = {problem['input']!r} cannot be: {said}." if name else f"{said}."
 
 
 def _offer(cls: type[Settings], groups: Sequence[str]) -> str:
@@ -189,7 +190,6 @@ class CompressRecipe(Settings):
     calibration: CalibrationRecipe = CalibrationRecipe()
     seed: int = 0
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: the checkpoint's own
     workers: int | None = Field(
         default=None, ge=1
     )  # alignment solves at a time; None: one per core
