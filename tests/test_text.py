@@ -128,7 +128,7 @@ def test_drawing_jsonl_yields_each_row_once(tmp_path, suffix):
     rows = [f"row {i} " + "y" * (i % 700) for i in range(500)]
     lines = "\n".join(json.dumps({"text": row}) for row in rows).encode()
     path = tmp_path / f"a.{suffix}"
-    path.write_bytes(gzip.compress(lines) if suffix.endswith("gz") else lines)
+    path.write_bytes(gzip.compress(lines, mtime=0) if suffix.endswith("gz") else lines)
     source = parse_source(str(path))
     drawn = list(draw_documents(source, torch.Generator().manual_seed(0), 4096))
     assert drawn != rows
@@ -140,7 +140,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "2.txt").write_text("two")
     (tmp_path / "1.md").write_text("one")
-    (tmp_path / "3.txt.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / "3.txt.gz").write_bytes(gzip.compress(b"three", mtime=0))
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\0\0")
     (tmp_path / ".hidden").write_text("no")
     assert list(read_documents(parse_source(f"{tmp_path}/"))) == ["one", "three", "two"]
@@ -323,13 +323,13 @@ def refused(source, tokenizer, message, error=CalibrationError):
         ("latin.txt", "caf\xe9 au lait".encode("latin-1"), "0xe9 is not UTF-8"),
         ("empty.txt", b"", "holds no text"),
         ("blank.txt", b" \n\n \n", "holds no text"),
-        ("broken.txt.gz", gzip.compress(b"text" * 999)[:30], "cannot be decompressed"),
+        ("broken.txt.gz", gzip.compress(b"text" * 999, mtime=0)[:30], "cannot be decompressed"),
         ("no.txt.gz", b"not gzip", "cannot be decompressed"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y", "n": 1}', "line 2: .*'text'.*txt, n"),
         ("b.jsonl", b'{"text": "x"}\n\n{"text": ', "line 3: not JSON"),
         ("c.jsonl", b'{"text": 3}', "line 1: "),
         ("d.jsonl", b"[1]", "line 1: not an object"),
-        ("e.jsonl.gz", gzip.compress(b'{"text": "x"}\n{}'), "line 2: "),
+        ("e.jsonl.gz", gzip.compress(b'{"text": "x"}\n{}', mtime=0), "line 2: "),
         ("f.jsonl", b"", "holds no text"),
     ],
 )
