@@ -112,3 +112,21 @@ def test_damaged_or_absent_statistics_are_one_clear_error(ground, tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CalibrationError, match="Calibrate again"):
         RoutingStats.load(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden_on_cpu", [False, True])
+def test_a_gpu_gives_the_statistics_of_the_cpu(ground, hidden_on_cpu):
+    on_gpu = calibrate(
+        ground.checkpoint,
+        batches(2),
+        text="tokens",
+        sample_tokens=64,
+        device="cuda",
+        hidden_on_cpu=hidden_on_cpu,
+    )
+    for name, layer in ground.stats.layers.items():
+        torch.testing.assert_close(
+            layer.logit_gram, on_gpu.layers[name].logit_gram, rtol=1e-3, atol=1e-3
+        )
+        assert (layer.count - on_gpu.layers[name].count).abs().sum() <= 4  # near-ties may flip

@@ -4,6 +4,8 @@ One block is in memory at a time. Applying a plan twice gives the same bytes, an
 on where it stopped and gives the same bytes too.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
@@ -191,6 +193,7 @@ def apply(
     sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
     stages = stage_names(checkpoint)
     count = len(stages)
+    _give_memory_back()
     with Aligner(workers) as aligner:
         compressor = Compressor(checkpoint, facts, plan, aligner)
         for index, stage in enumerate(stages):
@@ -199,6 +202,15 @@ def apply(
             if progress:
                 progress(stage or "the rest", index + 1, count)
     return finish(sink, checkpoint, facts, plan, count, documents or {})
+
+
+def _give_memory_back() -> None:
+    """Have malloc return what a calibration left in it: some 300 MB of freed activations.
+
+    glibc only. Elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _compressed(
