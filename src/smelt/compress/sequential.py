@@ -6,7 +6,7 @@ walks again and writes only what is missing: the same bytes, for the time of the
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -61,19 +61,22 @@ def apply_sequentially(
     key = "sequential " + run_key(checkpoint, plan)
     sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
     stages = stage_names(checkpoint)
+    last = last_block(facts.anatomy.layers, stages)
     decided: dict[str, LayerPlan] = {}
     twin = _twin(checkpoint, facts, plan)
     sample = max(len(layer.input_sample) for layer in stats.layers.values())
     seed = plan.recipe.calibration.seed
     collector = Collector(facts.anatomy.layers, batches, sample, seed, input_gram=False)
     walk = Walk(checkpoint, [b.inputs for b in batches], device=device)
-    banks, routers = bank_reader(checkpoint, facts), router_reader(checkpoint, facts)
+    decide = _decider(checkpoint, facts, plan)
 
-    def decide(name: str, new: LayerStats) -> LayerPlan:
-        position = next(i for i, layer in enumerate(plan.layers) if layer.name == name)
-        where = layer_seed(plan.recipe.seed, position)
-        evidence = Evidence(new, partial(banks, name), routers(name), where)
-        return regroup(plan.layer(name), evidence, plan.recipe)
+    def write(name: str, changed: list[Changed]) -> None:
+        index = stages.index(name)
+        if not sink.has(index, len(stages)):
+            tensors = stage_tensors(checkpoint, facts, plan, name, changed)
+            sink.write(index, len(stages), tensors)
+        if progress:
+            progress(name or "the rest", index + 1, len(stages))
 
     with Aligner(workers) as aligner:
         compressor = Compressor(checkpoint, facts, plan, aligner)
@@ -88,27 +91,32 @@ def apply_sequentially(
                 now = decide(layer.name, new)
                 decided[layer.name] = now
                 changed.append(compressor.compress(layer, now, new))
-            index = stages.index(stage.name)
-            if not sink.has(index, len(stages)):
-                sink.write(
-                    index,
-                    len(stages),
-                    stage_tensors(checkpoint, facts, plan, stage.name, changed),
-                )
-            if progress:
-                progress(stage.name, index + 1, len(stages))
+            write(stage.name, changed)
             with _running_as(stage, twin, changed):
                 yield
 
-        for _ in walk.run(visit, until=last_block(facts.anatomy.layers, stages)):
+        for _ in walk.run(visit, until=last):
             raise AssertionError("the walk ends before any output")
-    for index, name in enumerate(stages):
-        if not sink.has(index, len(stages)):
-            tensors = stage_tensors(checkpoint, facts, plan, name, [])
-            sink.write(index, len(stages), tensors)
+    for name in stages[stages.index(last) + 1 :]:
+        write(name, [])
     layers = tuple(decided.get(layer.name, layer) for layer in plan.layers)
     final = plan.model_copy(update={"layers": layers})
     return finish(sink, checkpoint, facts, final, len(stages), documents or {})
+
+
+def _decider(
+    checkpoint: Checkpoint, facts: Facts, plan: Plan
+) -> Callable[[str, LayerStats], LayerPlan]:
+    """Decides a layer anew, by its name and its statistics on the compressed stream."""
+    banks, routers = bank_reader(checkpoint, facts), router_reader(checkpoint, facts)
+    positions = {layer.name: i for i, layer in enumerate(plan.layers)}
+
+    def decide(name: str, stats: LayerStats) -> LayerPlan:
+        seed = layer_seed(plan.recipe.seed, positions[name])
+        evidence = Evidence(stats, partial(banks, name), routers(name), seed)
+        return regroup(plan.layer(name), evidence, plan.recipe)
+
+    return decide
 
 
 def _twin(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> PreTrainedModel:
