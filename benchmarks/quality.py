@@ -11,10 +11,11 @@ Results are appended to a JSON-lines file as they come; what is there is not run
 
 import argparse
 import json
-import shutil
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ import smelt
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
-from smelt.compress.facts import read_facts
-from smelt.compress.pipeline import read_text, run_calibration, run_plan
+from smelt.compress.facts import Facts, read_facts
+from smelt.compress.pipeline import Calibrated, read_text, run_calibration, run_plan
+from smelt.compress.plan import Plan
 from smelt.compress.sequential import apply_sequentially
 from smelt.evaluate.perplexity import measure
 from smelt.recipe import CalibrationRecipe, CompressRecipe
@@ -148,24 +150,17 @@ def run(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dic
             continue
         calibrated = run_calibration(checkpoint, calibration)
         for name, keep in wanted:
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "out"
-                recipe = CompressRecipe(
-                    source=options.checkpoint,
-                    output=str(out),
-                    keep=keep,
-                    seed=seed,
-                    calibration=calibration,
-                    **VARIANTS[name],
-                )
-                plan = run_plan(checkpoint, calibrated.stats, recipe, facts)
-                shared = {"stats": calibrated.stats, "facts": facts}
-                if recipe.sequential:
-                    apply_sequentially(checkpoint, plan, out, batches=calibrated.batches, **shared)
-                else:
-                    apply(checkpoint, plan, out, **shared)
-                found = nats(out)
-                shutil.rmtree(out)
+            recipe = CompressRecipe(
+                source=options.checkpoint,
+                output="",
+                keep=keep,
+                seed=seed,
+                calibration=calibration,
+                **VARIANTS[name],
+            )
+            plan = run_plan(checkpoint, calibrated.stats, recipe, facts)
+            with compressed(checkpoint, facts, calibrated, plan) as folder:
+                found = nats(folder)
             for text, value in found.items():
                 yield {
                     "variant": name,
@@ -174,13 +169,28 @@ def run(options: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[dic
                     "text": text,
                     "nats": value,
                     "original_nats": original[text],
-                    "ratio": float(torch.tensor(value - original[text]).exp()),
+                    "ratio": math.exp(value - original[text]),
                     "checkpoint": checkpoint.fingerprint,
                     "calibration": calibration.model_dump(mode="json"),
                     "held_out": held_out[text].model_dump(mode="json"),
                     "bytes": plan.predicted.bytes_after,
                     "smelt": smelt.__version__,
                 }
+
+
+@contextmanager
+def compressed(
+    checkpoint: Checkpoint, facts: Facts, calibrated: Calibrated, plan: Plan
+) -> Iterator[Path]:
+    """The checkpoint that the plan makes, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        shared = {"stats": calibrated.stats, "facts": facts}
+        if plan.recipe.sequential:
+            apply_sequentially(checkpoint, plan, out, batches=calibrated.batches, **shared)
+        else:
+            apply(checkpoint, plan, out, **shared)
+        yield out
 
 
 def table(rows: list[dict[str, Any]]) -> str:
