@@ -6,7 +6,7 @@
 
 `smelt.api` has the functions `inspect`, `calibrate`, `plan`, `apply`, `compress` and `evaluate`; a
 mistake of the caller's raises `SmeltError`. Importing smelt lets transformers' Auto classes load
-checkpoints of the mapped form.
+checkpoints of the mapped form and SaMoE models.
 """
 
 from smelt.checkpoint import mapped
@@ -17,6 +17,7 @@ from smelt.errors import (
     RecipeError,
     SmeltError,
 )
+from smelt.samoe import model as samoe
 
 # Lead's decision: plain and eager. No import hooks, no callable modules (`compress` and `evaluate`
 # are packages; the verbs of those names live in `smelt.api`).
@@ -24,3 +25,4 @@ __version__ = "0.1.0"
 __all__ = ["CalibrationError", "CheckpointError", "PlanError", "RecipeError", "SmeltError"]
 
 mapped.register()
+samoe.register()
