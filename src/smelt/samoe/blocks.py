@@ -39,6 +39,10 @@ def make_norm(config: SaMoEConfig, size: int | None = None) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps)
 
 
+class StreamLinear(nn.Linear):
+    """A linear layer that writes to the residual stream: it begins smaller."""
+
+
 class Rotary(nn.Module):
     """Cosines and sines of rotary positions."""
 
@@ -73,13 +77,11 @@ class Attention(nn.Module):
         self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=config.has_bias)
-
-        self.q_proj = linear(config.hidden_size, heads * self.head_dim)
-        self.k_proj = linear(config.hidden_size, kv_heads * self.head_dim)
-        self.v_proj = linear(config.hidden_size, kv_heads * self.head_dim)
-        self.o_proj = linear(heads * self.head_dim, config.hidden_size)
+        D, width, bias = config.hidden_size, heads * self.head_dim, config.has_bias
+        self.q_proj = nn.Linear(D, width, bias=bias)
+        self.k_proj = nn.Linear(D, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, kv_heads * self.head_dim, bias=bias)
+        self.o_proj = StreamLinear(width, D, bias=bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
 
@@ -141,19 +143,20 @@ class DenseMLP(nn.Module):
         D, inner = config.hidden_size, cast(int, config.intermediate_size)
         self.up_proj = nn.Linear(D, inner, bias=config.has_bias)
         self.gate_proj = nn.Linear(D, inner, bias=config.has_bias) if config.is_gated else None
-        self.down_proj = nn.Linear(inner, D, bias=config.has_bias)
+        self.down_proj = StreamLinear(inner, D, bias=config.has_bias)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
-        up = self.up_proj(x)
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(up))
-        return self.down_proj(self.activation(self.gate_proj(x)) * up)
+        hidden = self.activation(self.up_proj(x) if self.gate_proj is None else self.gate_proj(x))
+        if self.gate_proj is not None:
+            hidden = hidden * self.up_proj(x)
+        out: Tensor = self.down_proj(hidden)
+        return out
 
 
 class SaMoEBlock(GradientCheckpointingLayer):
-    """Attention, then experts (`h' = β·h + y`) or a dense FFN (`h' = h + y`), each behind a norm."""
+    """Attention, then experts (`h' = β·h + y`) or a dense FFN (`h' = h + y`), after a norm each."""
 
     def __init__(self, config: SaMoEConfig, layer_idx: int, moe_index: int | None) -> None:
         super().__init__()

@@ -45,24 +45,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 class SaMoEConfig(PreTrainedConfig):
     """Sizes and rules of a SaMoE model or of one of its controls.
 
-    Letters: D hidden_size, F moe_intermediate_size, E num_experts, K num_experts_per_tok, P pool_size.
+    Letters: D hidden_size, F moe_intermediate_size, E num_experts, K num_experts_per_tok,
+    P pool_size.
 
     Attributes:
         sharing: which layers share which experts; `smelt.samoe.layout.SHARING` lists the rules.
-        mix: how a layer combines its P pool entries. "activation": it runs them all and adds their outputs,
-            weighted by α; "weight": it runs one expert whose weights are the weighted sum; "hard": one-hot
-            α, which is `sharing="groups"`.
+        mix: how a layer combines its P pool entries. "activation": it runs them all and adds their
+            outputs, weighted by α; "weight": it runs one expert whose weights are the weighted sum;
+            "hard": one-hot α, which is `sharing="groups"`.
         alpha_scope: α per "layer" [P], per layer and "expert" [P, E], or per layer and "matrix"
             [P, matrices] (up, gate where there is one, down).
-        alpha_init: "orthogonal" (rows of a semi-orthogonal matrix at unit norm), "uniform" (1/√P) or
-            "group" (one-hot by consecutive layers, with noise of 0.01).
+        alpha_init: "orthogonal" (rows of a semi-orthogonal matrix at unit norm), "uniform" (1/√P)
+            or "group" (one-hot by consecutive layers, with noise of 0.01).
         train_alpha: False freezes α where it begins.
         use_beta: a learned scalar β per MoE layer multiplies the residual stream.
         shared_router: one router for all MoE layers.
-        capacity_factor: Q; in training an expert takes at most max(4, ⌈Q·K·T/E⌉) of the T tokens of a
-            sequence, and the rest takes the shortcut. None: no limit. At evaluation there is none.
+        capacity_factor: Q; in training an expert takes at most max(4, ⌈Q·K·T/E⌉) of the T tokens of
+            a sequence, and the rest takes the shortcut. None: no limit. Evaluation has none.
         router_aux_loss_coef: of E·Σ f·p, summed over MoE layers.
-        router_z_loss_coef: of the mean squared log-sum-exp of the router logits, summed over MoE layers.
+        router_z_loss_coef: of the mean squared log-sum-exp of router logits, summed likewise.
         norm_topk_prob: whether the K gate weights are divided by their sum.
         moe_every: the last block of every so many has experts; the others a dense FFN.
         is_causal: False: bidirectional attention, for masked language models.
@@ -137,10 +138,10 @@ class SaMoEConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "SaMoEConfig":
-        """The configuration of a preset, "paper" or "modern", with these fields in place of its own.
+        """The configuration of a preset, "paper" or "modern", with these fields in place.
 
-        UniPool (`sharing="union"`) chooses P times as many experts unless told otherwise, so that it does
-        the work of activation mixing.
+        UniPool (`sharing="union"`) chooses P times as many experts unless told otherwise: the work
+        of activation mixing.
         """
         if preset not in PRESETS:
             raise RecipeError(f"preset = {preset!r}: the presets are {', '.join(PRESETS)}.")
@@ -161,14 +162,14 @@ class SaMoEConfig(PreTrainedConfig):
     def num_active_params(self) -> int:
         """Parameters that one token meets on its way, embeddings included.
 
-        A pool entry counts once for every layer that runs it: this is the size of the work, not of the memory.
+        A pool entry counts once for every layer that runs it: the size of the work, not of memory.
         """
         return count.num_active_params(self)
 
     def flops_per_token(self, context: int = 0) -> int:
         """Multiply-adds of one token's forward, times 2, attending to `context` positions.
 
-        Matrix products only; mixing weights (`mix="weight"`), done once per step, is not in it.
+        Matrix products only; mixing weights (`mix="weight"`), once per step, is not in it.
         """
         return count.flops_per_token(self, context)
 

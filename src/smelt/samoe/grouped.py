@@ -1,7 +1,7 @@
 """Matrix products of rows grouped by expert, with bias and column scale where there are such.
 
-On a GPU: torch's grouped kernel. On a CPU, where that kernel is a loop as well: our loop, which adds the bias
-and applies the scale inside it instead of in passes over all rows.
+On a GPU: torch's grouped kernel. On a CPU, where that kernel is a loop as well: our loop, which
+adds the bias and applies the scale inside it instead of in passes over all rows.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ class _GroupedLinear(torch.autograd.Function):
     """The loop over experts that have rows; scaled weights are made one expert at a time."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -80,7 +80,7 @@ class _GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Gradients:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Gradients:
         x, weight, scale = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         for_x = torch.empty_like(x) if needs_x else None

@@ -1,7 +1,7 @@
 """Which experts each MoE layer sees: the sharing rules, as data.
 
-A *group* of experts is stored once: `entries` pool entries of `experts` experts each. A MoE layer uses
-all entries of one group, and the first `experts` experts of every entry.
+A *group* of experts is stored once: `entries` pool entries of `experts` experts each. A MoE layer
+uses all entries of one group, and the first `experts` experts of every entry.
 """
 
 from dataclasses import dataclass

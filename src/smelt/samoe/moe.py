@@ -37,7 +37,7 @@ class Router(nn.Module):
 
 
 class SaMoELayer(nn.Module):
-    """The experts of one block: `f(u) = Σ_k g_k Σ_c α_c E_{c,e_k}(u)`, and β for the stream it joins."""
+    """A block's experts, `f(u) = Σ_k g_k Σ_c α_c E_{c,e_k}(u)`, and β for the stream they join."""
 
     def __init__(self, config: SaMoEConfig, index: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def initial_alpha(config: SaMoEConfig) -> list[Tensor]:
 def balance_loss(
     logits: tuple[Tensor, ...], num_choices: int, real: Tensor | None = None
 ) -> Tensor:
-    """Σ over layers of E · Σ_e f_e p_e: f the share of choices, p the mean probability, of expert e.
+    """Σ over layers of E · Σ_e f_e p_e: f the share of choices, p the mean probability of e.
 
     Every layer adds 1 when its load is even. Padding is left out.
     """

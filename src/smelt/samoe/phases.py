@@ -54,12 +54,12 @@ def mark(value: Tensor, *, done: str, follows: str) -> Tensor:
 
 class _Mark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, watch: Stopwatch, follows: str) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, value: Tensor, watch: Stopwatch, follows: str) -> Tensor:
         ctx.watch, ctx.follows = watch, follows
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.watch.lap(ctx.follows)
         return gradient, None, None
 

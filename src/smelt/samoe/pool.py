@@ -1,9 +1,10 @@
 """The pool: P entries of E experts, stored once, and how a layer's α combines them.
 
-Letters: P entries, E experts, F hidden units of one expert of one entry, D model width, R rows in order of
-their expert, M matrices of an expert (up, gate where there is one, down).
+Letters: P entries, E experts, F hidden units of one expert of one entry, D model width, R rows in
+order of their expert.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -66,10 +67,11 @@ class PoolWeights:
             entries=1,
         )
 
-    def _mapped(self, function: Any) -> "PoolWeights":
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "PoolWeights":
         names = ("up", "down", "gate", "up_bias", "gate_bias", "down_bias")
         tensors = {name: getattr(self, name) for name in names}
-        return replace(self, **{n: None if t is None else function(t) for n, t in tensors.items()})
+        changes: dict[str, Any] = {n: t if t is None else function(t) for n, t in tensors.items()}
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,15 @@ class Alpha:
     gate: Float[Tensor, "E P"] | None
     down: Float[Tensor, "E P"]
 
+    def picked(self, experts: Int[Tensor, " U"]) -> "Alpha":
+        """The rows of these experts."""
+        up = None if self.up is None else self.up[experts]
+        gate = None if self.gate is None else self.gate[experts]
+        return Alpha(up, gate, self.down[experts])
+
 
 class ExpertPool(nn.Module):
-    """P entries of E experts as parameters: `up[E, P·F, D]`, `down[E, D, P·F]`, biases where asked."""
+    """P entries of E experts as parameters: `up[E, P·F, D]`, `down[E, D, P·F]`, biases."""
 
     def __init__(
         self,
@@ -150,7 +158,7 @@ def pooled_experts(
         if x.shape[0] < weights.num_experts and not torch.is_grad_enabled():
             hit = sizes.nonzero().squeeze(1)  # mix only what is reached
             weights, sizes = weights.picked(hit), sizes[hit]
-            alpha = Alpha(*(t if t is None else t[hit] for t in (alpha.up, alpha.gate, alpha.down)))
+            alpha = alpha.picked(hit)
         return _run(mixed(weights, alpha, entries), x, sizes, None)
     if len(entries) == weights.entries:
         return _run(weights, x, sizes, alpha)
