@@ -1,0 +1,108 @@
+"""The command that runs a study and shows its tables."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from smelt.cli import options
+from smelt.cli.screen import Screen, Stopped, clock
+
+if TYPE_CHECKING:
+    from smelt.study.settings import StudyRecipe
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(help="A study, such as recipes/study/samoe.yaml.")],
+    only: Annotated[str | None, typer.Option("--only", help="One part of it.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Cells at a time.")] = 2,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of each cell.")] = 1,
+    table: Annotated[
+        bool, typer.Option("--table", help="Train nothing: show the tables of what is done.")
+    ] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="With --table: measure decode steps, interleaved.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: list every cell and where it stands.")
+    ] = False,
+    settings: options.Sets = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Train the cells of a study, each in a process of its own; what is done already is kept.
+
+    Example: smelt study recipes/study/tiny.yaml --jobs 2
+    """
+    screen = Screen(as_json=as_json, quiet=quiet)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from smelt.recipe import load_recipe
+    from smelt.study.settings import StudyRecipe
+
+    read = load_recipe(recipe, StudyRecipe, settings or ())
+    if dry_run:
+        _list(screen, read, only)
+        return
+    failed: dict[str, str] = {}
+    if not table:
+        failed = _run(screen, read, only, jobs, threads)
+    _tables(screen, read, only, decode=decode)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run(
+    screen: Screen, read: "StudyRecipe", only: str | None, jobs: int, threads: int
+) -> dict[str, str]:
+    from smelt.study.runner import run_study
+    from smelt.study.schedule import Job
+
+    def on_job(job: Job, what: str, seconds: float) -> None:
+        after = "" if what == "started" else f" after {clock(seconds)}"
+        kind = "" if job.kind == "train" else f" ({job.kind})"
+        screen.note(f"{job.id}{kind}: {what}{after}")
+
+    try:
+        return run_study(read, only=only, jobs=jobs, threads=threads, on_job=on_job).failed
+    except Stopped as stopped:
+        stopped.kept = Path(read.output)
+        raise
+
+
+def _list(screen: Screen, read: "StudyRecipe", only: str | None) -> None:
+    from smelt.evaluate.results import markdown
+    from smelt.study.listing import listing
+    from smelt.study.runner import check_part
+
+    check_part(read, only)
+    rows = listing(read, only)
+    tokens = sum(row["tokens"] for row in rows)
+    left = sum(row["tokens"] for row in rows if row["state"] != "done")
+    screen.result(
+        rows, f"{markdown(rows)}\n{len(rows)} runs, {tokens:,} tokens, of which {left:,} are left."
+    )
+
+
+def _tables(
+    screen: Screen,
+    read: "StudyRecipe",
+    only: str | None,
+    *,
+    decode: bool,
+) -> None:
+    from smelt.study.markdown import report
+    from smelt.study.runner import check_part
+    from smelt.study.tables import results
+
+    check_part(read, only)
+    if decode:
+        from transformers import logging
+
+        from smelt.study.decode import measure_decode
+
+        logging.disable_progress_bar()  # transformers' own bars: ours say enough
+        with screen.watching() as stages:
+            measure_decode(read, only, progress=stages("decoding"))
+    found = results(read, only)
+    screen.result(found, report(found))

@@ -1,0 +1,204 @@
+"""`run_study`: jobs in processes of their own, so many at a time, until nothing can be done."""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from smelt.errors import RecipeError
+from smelt.recipe import dump_recipe
+from smelt.study.cells import cells, searches
+from smelt.study.schedule import Job, rates, ready
+from smelt.study.settings import OWN, StudyRecipe
+from smelt.study.store import Store, slim
+
+_GRACE = 20.0
+"""Seconds for processes to end, when asked to and when an earlier run of the study was killed."""
+
+WORK = (sys.executable, "-m", "smelt.study.work")
+"""The command of a job; its words follow."""
+
+OnJob = Callable[[Job, str, float], None]
+"""Told the job, "started", "done" or why it failed, and its seconds."""
+
+
+@dataclass
+class Ran:
+    """What a call of `run_study` did."""
+
+    done: list[str] = field(default_factory=list)  # names of jobs
+    failed: dict[str, str] = field(default_factory=dict)  # and why
+
+
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    process: subprocess.Popen[bytes]
+    begin: float
+
+
+def run_study(
+    study: StudyRecipe,
+    *,
+    only: str | None = None,
+    jobs: int = 2,
+    threads: int = 1,
+    on_job: OnJob = lambda job, what, seconds: None,
+) -> Ran:
+    """Do all of a study that is not done yet.
+
+    What is finished is left as it is; what a kill interrupted goes on; what failed is tried once
+    more in each call. A failure stops nothing but what depends on it.
+
+    Args:
+        study: every cell follows from it.
+        only: a part; its own cells and the searches it needs.
+        jobs: processes at a time.
+        threads: of each process.
+        on_job: told of every beginning and end.
+
+    Raises:
+        RecipeError: no such part, a finished cell that had other settings, a study that another
+            process is running.
+    """
+    check_part(study, only)
+    store = Store(study.output)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    ran = Ran()
+    tried: set[str] = set()
+    pool: list[_Running] = []
+    with _alone(store) as lock:
+        check_settings(study, store)
+        dump_recipe(study, store.folder / "study.yaml")
+        try:
+            while True:
+                for job in ready(study, store, only) if len(pool) < jobs else ():
+                    if len(pool) < jobs and job.name not in tried:
+                        tried.add(job.name)
+                        pool.append(_start(job, store, threads, lock))
+                        on_job(job, "started", 0.0)
+                if not pool:
+                    return ran
+                for one in _ended(pool):
+                    pool.remove(one)
+                    _settle(one, study, store, ran, on_job)
+        finally:
+            _stop(pool)
+
+
+def check_part(study: StudyRecipe, only: str | None) -> None:
+    """A part that is not there is a RecipeError."""
+    if only is not None and only not in study.parts:
+        raise RecipeError(f"There is no part {only!r}; there are {', '.join(study.parts)}.")
+
+
+def check_settings(study: StudyRecipe, store: Store) -> None:
+    """A begun or finished cell with other settings than the study's is a RecipeError.
+
+    The learning rate is not compared: a trial more may have shown another to be the best, and every
+    cell says its own.
+    """
+    for cell in cells(study):
+        store.check(cell.id, cell.recipe, but={"learning_rate"})
+    for name, part in study.parts.items():
+        if part.search == OWN and study.search is not None:
+            for rate in rates(study, store, name).grid:
+                for one in searches(study, name):
+                    store.check(*one.trial(study.search, rate))
+
+
+def _start(job: Job, store: Store, threads: int, lock: int) -> _Running:
+    recipe = job.recipe.model_copy(update={"output": str(store.run(job.id))})
+    path = store.beside(job.id, "yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dump_recipe(recipe, path)
+    words = [*WORK, job.kind, str(path)]
+    if job.kind == "evaluate":
+        words.append(json.dumps(job.evaluation.model_dump(mode="json")))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TQDM_DISABLE": "1",
+    }
+    with store.beside(job.id, "log").open("ab") as log:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,  # closed by our end, whatever it is
+            stdout=log,
+            stderr=log,
+            env=environment,
+            pass_fds=[lock],
+            start_new_session=True,  # Ctrl-C reaches us, and we tell them
+        )
+    return _Running(job, process, time.perf_counter())
+
+
+def _ended(pool: list[_Running]) -> list[_Running]:
+    """Wait until one has ended."""
+    while True:
+        ended = [one for one in pool if one.process.poll() is not None]
+        if ended:
+            return ended
+        time.sleep(0.05)
+
+
+def _settle(one: _Running, study: StudyRecipe, store: Store, ran: Ran, on_job: OnJob) -> None:
+    job, code = one.job, one.process.returncode
+    assert one.process.stdin is not None
+    one.process.stdin.close()
+    seconds = time.perf_counter() - one.begin
+    if code == 0:
+        store.forgive(job.id)
+        ran.done.append(job.name)
+        is_over = job.kind == "evaluate" or not store.lacking(job.id, job.evaluation)
+        if job.kind != "trial" and is_over and study.keep == "last":
+            slim(store.run(job.id), is_trial=False)
+        on_job(job, "done", seconds)
+        return
+    log = store.beside(job.id, "log")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = lines[-1].removeprefix("smelt: error: ") if lines else "it said nothing"
+    message = said if code > 0 else f"ended by signal {-code}"
+    store.fail(job.id, message)
+    ran.failed[job.name] = message
+    on_job(job, message, seconds)
+
+
+def _stop(pool: list[_Running]) -> None:
+    """End what still runs; it goes on from its last checkpoint the next time."""
+    for one in pool:
+        one.process.terminate()
+    for one in pool:
+        try:
+            one.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+        assert one.process.stdin is not None
+        one.process.stdin.close()
+
+
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[int]:
+    """Within: no other process runs this study. The lock is held by our processes too."""
+    file: Any
+    with (store.folder / "lock").open("ab") as file:
+        until = time.perf_counter() + _GRACE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.perf_counter() > until:
+                    raise RecipeError(
+                        f"{store.folder}: another process runs this study. Wait for it, or stop it."
+                    ) from None
+                time.sleep(0.2)
+        yield file.fileno()

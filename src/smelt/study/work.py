@@ -1,0 +1,81 @@
+"""The process of one job: `python -m smelt.study.work train|trial|evaluate …`.
+
+It ends with the process that started it, whose end closes its standard input.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+DIVERGED = "Training stopped at step"
+"""How the trainer's message of a loss that is no number begins."""
+
+
+def main(words: list[str]) -> int:
+    """Do one job; returns the exit code: 0 done, 2 the input is at fault, 1 our mistake.
+
+    Args:
+        words: the kind of job, its file beside the run, what is evaluated (as JSON).
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    from smelt.errors import SmeltError
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    kind, recipe, *rest = words
+    try:
+        if kind == "evaluate":
+            _evaluate(Path(recipe), rest[0])
+        else:
+            _train(Path(recipe), is_trial=kind == "trial")
+    except SmeltError as error:
+        sys.stderr.write(f"smelt: error: {error}\n")
+        return 2
+    except Exception:
+        sys.stderr.write(traceback.format_exc())
+        return 1
+    return 0
+
+
+def _train(path: Path, *, is_trial: bool) -> None:
+    from smelt.errors import SmeltError
+    from smelt.recipe import load_recipe
+    from smelt.study.store import slim, write
+    from smelt.train.settings import TrainRecipe
+    from smelt.train.trainer import train
+
+    recipe = load_recipe(path, TrainRecipe)
+    try:
+        train(recipe)
+    except SmeltError as error:
+        if not is_trial or not str(error).startswith(DIVERGED):
+            raise
+        write(path.with_name(path.name.removesuffix("yaml") + "json"), {"diverged": str(error)})
+        return
+    if is_trial:
+        slim(Path(recipe.output), is_trial=True)
+
+
+def _evaluate(path: Path, settings: str) -> None:
+    from smelt.recipe import check_recipe, load_recipe
+    from smelt.study.evaluate import evaluate_cell
+    from smelt.study.settings import Evaluation
+    from smelt.train.settings import TrainRecipe
+
+    recipe = load_recipe(path, TrainRecipe)
+    evaluate_cell(Path(recipe.output), check_recipe(json.loads(settings), Evaluation))
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 64):  # not sys.stdin, whose lock the interpreter wants at its end
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
