@@ -36,6 +36,9 @@ CHECKED = (
     "smelt.compress.refit",
     "smelt.compress.decompose",
     "smelt.compress.reconstruct",
+    "smelt.samoe.dispatch",
+    "smelt.samoe.grouped",
+    "smelt.samoe.pool",
 )
 """The pure tensor modules: a wrong shape is an error at the call, not three functions later."""
 

@@ -29,6 +29,7 @@ ORDER = (
     ("train",),
     ("evaluate",),
     ("bench",),
+    ("study",),
     ("report",),
     ("api",),
     ("cli",),
@@ -301,6 +302,7 @@ def test_all_that_exists_is_in_the_readme():
 RECIPES = {
     "compress": ("smelt.recipe", "CompressRecipe"),
     "train": ("smelt.train.settings", "TrainRecipe"),
+    "study": ("smelt.study.settings", "StudyRecipe"),
 }
 """What the YAML files of each folder under recipes/ are."""
 

@@ -17,7 +17,7 @@ from smelt.errors import (
     RecipeError,
     SmeltError,
 )
-from smelt.samoe import model as samoe
+from smelt.samoe.model import register as register_samoe
 
 # Lead's decision: plain and eager. No import hooks, no callable modules (`compress` and `evaluate`
 # are packages; the verbs of those names live in `smelt.api`).
@@ -25,4 +25,4 @@ __version__ = "0.1.0"
 __all__ = ["CalibrationError", "CheckpointError", "PlanError", "RecipeError", "SmeltError"]
 
 mapped.register()
-samoe.register()
+register_samoe()

@@ -5,15 +5,13 @@ text=["notes.txt"])`. A name that does not exist is an error that lists those th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from smelt.checkpoint.anatomy import dissect
 from smelt.checkpoint.describe import Description, describe
 from smelt.checkpoint.device import check_device
-from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.sink import check_destination
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import verify as verify_files
@@ -24,7 +22,6 @@ from smelt.compress.check import check
 from smelt.compress.facts import read_facts
 from smelt.compress.pipeline import (
     Stages,
-    read_text,
     run_calibration,
     run_compress,
     run_plan,
@@ -32,10 +29,9 @@ from smelt.compress.pipeline import (
 )
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError
-from smelt.evaluate import compare as comparing
-from smelt.evaluate.compare import Compared
-from smelt.evaluate.fidelity import Fidelity, fidelity
-from smelt.evaluate.results import Result, Setting
+from smelt.evaluate.evaluation import Evaluation, measure_tasks, measure_text
+from smelt.evaluate.task_model import check_model
+from smelt.evaluate.tasks import read_items
 from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe, nest
 
 
@@ -232,47 +228,19 @@ def compress_by(
     return run_compress(recipe, stats=known, verify=verify, stages=stages)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Checkpoints measured on one text, and held against their original if it was given."""
-
-    compared: list[Compared]
-    fidelity: list[Fidelity | None]  # of each; None: it is the original, or none was given
-    results: list[Result] = field(default_factory=list)  # every number, with what repeats it
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per checkpoint."""
-        rows = []
-        for one, near in zip(self.compared, self.fidelity, strict=True):
-            row: dict[str, Any] = dict(one.row())
-            if (bits := one.perplexity.bits_per_byte) is not None:
-                error = one.perplexity.standard_error
-                scale = bits / (one.perplexity.nats or 1.0)
-                row["± se, bits"] = None if error is None else error * scale
-            if near is not None:
-                shares = [x.routing_agreement for x in near.layers]
-                known = [share for share in shares if share is not None]
-                row |= {
-                    "KL": near.kl.mean,
-                    "top-1 agreement": near.agreement.mean,
-                    "routing agreement": sum(known) / len(known) if known else None,
-                    "worst layer error": max(layer.error for layer in near.layers),
-                }
-            rows.append(row)
-        return rows
-
-
 def evaluate(
     checkpoints: str | Path | Sequence[str | Path],
     *,
     original: str | Path | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
     device: str = "cpu",
     bits_per_byte_only: bool = False,
     trust_remote_code: bool = False,
     stages: Stages = silent,
     **settings: Any,
 ) -> Evaluation:
-    """Perplexity of checkpoints side by side, and how near they stay to an original.
+    """Perplexity of checkpoints side by side, how near they stay to an original, and tasks.
 
         from smelt import api
 
@@ -283,6 +251,9 @@ def evaluate(
     Args:
         original: hold every other checkpoint against this one: logit KL, each layer's output
             error, routing agreement.
+        tasks: zero-shot tasks by name (docs/evaluation.md), each model whole in memory. Where
+            neither a text nor an original is named, they are all that is measured.
+        limit: at most so many items of each task, evenly spaced.
         bits_per_byte_only: allow checkpoints of different tokenizers.
         settings: the text, as in `calibrate`; the default is held out of smelt's own training.
     """
@@ -291,40 +262,31 @@ def evaluate(
         {"text": ["python:held-out"], "num_tokens": 32_768} | settings, CalibrationRecipe
     )
     check_device(device)
+    items = read_items(tasks, limit=limit) if tasks or limit is not None else []
     opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
     first = None
     if original is not None:
         first = open_checkpoint(original, trust_remote_code=trust_remote_code)
-    compared = comparing.compare(
-        opened,
-        partial(read_text, recipe=recipe),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        bits_per_byte_only=bits_per_byte_only,
-        device=device,
-        stages=stages,
-    )
-    if len({one.name for one in compared}) < len(compared):  # folders of one name: say which
-        compared = [replace(one, name=str(path)) for one, path in zip(compared, paths, strict=True)]
-    found = Evaluation(compared, [])
-    for one, checkpoint in zip(compared, opened, strict=True):
-        blocks = read_text(checkpoint, recipe)
-        setting = Setting(recipe.text, blocks.sha256, recipe.seed, device)
-        found.results.extend(one.perplexity.records(checkpoint, setting))
-        if first is None or checkpoint.folder == first.folder:
-            found.fidelity.append(None)
-            continue
-        near = fidelity(
-            first,
-            checkpoint,
-            make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed),
+    for one in opened if items else ():
+        check_model(one.model, one.tokenizer)
+    names = [one.folder.name for one in opened]
+    if len(set(names)) < len(names):  # folders of one name: say which
+        names = [str(path) for path in paths]
+    found = Evaluation()
+    if not items or first is not None or settings.keys() & {"text", "num_tokens"}:
+        found = measure_text(
+            opened,
+            names,
+            recipe,
+            original=first,
+            bits_per_byte_only=bits_per_byte_only,
             device=device,
-            seed=recipe.seed,
-            progress=stages(f"{one.name} against {first.folder.name}"),
+            stages=stages,
         )
-        found.fidelity.append(near)
-        found.results.extend(near.records(checkpoint, setting))
-    return found
+    if not items:
+        return found
+    asked = measure_tasks(opened, names, items, seed=recipe.seed, device=device, stages=stages)
+    return replace(found, tasks=asked.tasks, results=found.results + asked.results)
 
 
 def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:

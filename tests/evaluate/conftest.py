@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from checkpoints import save
-from evaluate.material import Material
+from material import Material
 
 
 @pytest.fixture(scope="session")

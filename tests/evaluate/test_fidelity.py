@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints import save
-from evaluate.material import FORMS
+from material import FORMS
 from smelt.checkpoint.bind import find_layers
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError, PlanError

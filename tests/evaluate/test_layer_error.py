@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoints import random_model, save, tiny_config
-from evaluate.material import FORMS, Material
+from material import FORMS, Material
 from smelt.evaluate.fidelity import fidelity
 from smelt.evaluate.layer_error import layer_errors
 

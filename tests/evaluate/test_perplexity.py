@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from checkpoints import random_model, save, tiny_config
-from evaluate.material import random_blocks
+from material import random_blocks
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CalibrationError, CheckpointError

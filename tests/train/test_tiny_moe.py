@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smelt.recipe import load_recipe
 from smelt.text import parse_source, tokenize
 from smelt.train.data import next_token_examples
-from smelt.train.measure import HeldOut, report
+from smelt.train.measure import HeldOut, label_counts, report
 from smelt.train.settings import TrainRecipe
 
 FOLDER = Path(str(files("smelt") / "data" / "tiny-moe"))
@@ -45,7 +45,8 @@ def test_it_predicts_held_out_text_and_uses_its_experts(part):
     train = next_token_examples(blocks_of(f"python:train:{part}", tokenizer, 50_000))
     blocks = blocks_of(f"python:held-out:{part}", tokenizer, 8192)
     held_out = HeldOut(part, next_token_examples(blocks), blocks)
-    result = report(model, train, [held_out], batch_size=8)
+    counts = label_counts(train, model.config.vocab_size)
+    result = report(model, counts, [held_out], batch_size=8)
     assert result["held_out"][part]["share_of_unigram"] < 0.6
     assert min(result["routing_entropy_share_of_uniform"]) > 0.8
 

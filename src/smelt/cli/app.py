@@ -2,9 +2,13 @@
 
 import typer
 
+from smelt.cli.analysing import analyse
+from smelt.cli.benching import bench
 from smelt.cli.compressing import apply, calibrate, compress, plan
 from smelt.cli.demo import demo
+from smelt.cli.exporting import export
 from smelt.cli.measuring import evaluate, inspect
+from smelt.cli.studying import study
 from smelt.cli.training import train
 
 app = typer.Typer(
@@ -16,5 +20,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unforeseen error is ours: its traceback stays as it is
     rich_markup_mode="rich",
 )
-for command in (demo, inspect, compress, evaluate, calibrate, plan, apply, train):
+for command in (
+    demo,
+    inspect,
+    compress,
+    evaluate,
+    calibrate,
+    plan,
+    apply,
+    train,
+    analyse,
+    export,
+    study,
+):
     app.command()(command)
+app.add_typer(bench)

@@ -13,7 +13,7 @@ from smelt.cli.screen import Screen, clock, disk_bytes, size
 from smelt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from smelt.api import Evaluation
+    from smelt.evaluate.evaluation import Evaluation
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "tiny-moe"
 """A small trained MoE, the default of the demo."""

@@ -12,6 +12,7 @@ from smelt.errors import RecipeError
 if TYPE_CHECKING:
     from smelt.checkpoint.describe import Description
     from smelt.compress.outlook import Outlook
+    from smelt.evaluate.tasks import TaskScore
 
 
 def inspect(
@@ -122,6 +123,13 @@ def evaluate(
         str | None,
         typer.Option("--original", help="Hold the others against this one: KL, layers, routing."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="Zero-shot tasks, e.g. blimp,lambada (files in SMELT_DATA)."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="At most so many items of a task, evenly spaced.")
+    ] = None,
     text: options.Texts = None,
     tokens: options.Tokens = None,
     output: Annotated[
@@ -143,6 +151,7 @@ def evaluate(
     """Measure checkpoints side by side on any text: loss, perplexity, bits per byte, fidelity.
 
     The text is 32,768 tokens held out of the Python library, unless --text and --tokens say others.
+    With --tasks alone, tasks are all that is measured.
 
     Example: smelt evaluate SRC small --original SRC --text notes.txt
     """
@@ -157,6 +166,8 @@ def evaluate(
         found = api.evaluate(
             checkpoints,
             original=original,
+            tasks=[] if tasks is None else [name.strip() for name in tasks.split(",")],
+            limit=limit,
             device=device or "cpu",
             bits_per_byte_only=bits_per_byte_only,
             trust_remote_code=trust_remote_code,
@@ -167,11 +178,12 @@ def evaluate(
         results.save(found.results, output)
     rows = found.rows()
     value = {"checkpoints": rows, "results": [vars(one) for one in found.results]}
-    saved = f"\nSaved to {output}" if output else ""
-    screen.result(
-        value | {"seconds": screen.seconds},
-        results.markdown(_side_by_side(rows, results.cell)) + saved,
-    )
+    tables = [
+        results.markdown(_side_by_side(rows, results.cell)),
+        results.markdown(_task_rows(found.tasks, results.cell)) + _task_notes(found.tasks),
+        f"Saved to {output}" if output else "",
+    ]
+    screen.result(value | {"seconds": screen.seconds}, "\n".join(filter(None, tables)))
 
 
 _ERRORS = {
@@ -197,3 +209,27 @@ def _side_by_side(rows: list[dict[str, Any]], cell: Any) -> list[dict[str, Any]]
         if any(line[row["checkpoint"]] for row in rows):
             lines.append(line)
     return lines
+
+
+def _task_rows(tasks: "dict[str, list[TaskScore]]", cell: Any) -> list[dict[str, Any]]:
+    """A line per task and metric, and a column per checkpoint."""
+    lines: list[dict[str, Any]] = []
+    for scores in zip(*tasks.values(), strict=True):
+        first = scores[0]
+        line = {"task": first.task, "metric": first.metric, "items": first.n}
+        line["chance"] = None if first.chance is None else cell(first.chance)
+        for name, score in zip(tasks, scores, strict=True):
+            error = score.standard_error
+            line[name] = cell(score.value) + ("" if error is None else f" ± {error:.1g}")
+        lines.append(line)
+    return lines
+
+
+def _task_notes(tasks: "dict[str, list[TaskScore]]") -> str:
+    """Which of the tasks are subsets, and whose items were cut."""
+    scores = [(name, score) for name, found in tasks.items() for score in found]
+    notes = dict.fromkeys(score.source for _, score in scores if "subset" in score.source)
+    for name, score in scores:
+        if score.num_cut and score.source.startswith(f"{score.task}/"):
+            notes[f"{name}, {score.task}: {score.num_cut:,} items cut on the left"] = None
+    return "".join(f"- {note}\n" for note in notes)

@@ -1,13 +1,18 @@
 """The command that trains a small MoE."""
 
-import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from smelt.cli import options
-from smelt.cli.screen import Screen, clock, number
+from smelt.cli.screen import Screen, Stopped, clock, number
+
+if TYPE_CHECKING:
+    from smelt.train.settings import TrainRecipe
 
 
 def train(
@@ -19,34 +24,80 @@ def train(
     """Train a small MoE of any family transformers knows, and save it as an ordinary checkpoint.
 
     Example: smelt train recipes/train/tiny-moe.yaml --set output=runs/tiny --set steps=200
+
+    On several GPUs: torchrun --nproc-per-node 8 -m smelt train RECIPE (docs/scaling-out.md).
     """
-    screen = Screen(as_json=as_json, quiet=quiet)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' own bars: ours say enough
+    from smelt.train import processes
+
+    if processes.is_first():
+        screen = Screen(as_json=as_json, quiet=quiet)
+    else:  # one of them speaks
+        screen = Screen(quiet=True)
+        warnings.simplefilter("ignore")
+    with processes.together():
+        _train(recipe, settings, screen)
+
+
+def _train(recipe: Path, settings: options.Sets, screen: Screen) -> None:
+    from transformers import logging
+
     from smelt.evaluate.results import markdown
     from smelt.recipe import load_recipe
     from smelt.train.settings import TrainRecipe
     from smelt.train.trainer import train as run
 
+    logging.disable_progress_bar()  # transformers' own bars: ours say enough
     read = load_recipe(recipe, TrainRecipe, settings or ())
     screen.note(f"reading text and building a {read.model.model_type}")
-    with screen.watching() as stages:
+    with screen.watching() as stages, _keeping(read):
         progress = stages("training")
         result = run(
             read, on_step=lambda step, steps, nats: progress(f"{nats:.3f} nats", step, steps)
         )
-    rows: list[dict[str, Any]] = [
-        {
-            "held-out text": name,
-            "nats per token": found["nats_per_token"],
-            "of unigram": f"{found['share_of_unigram']:.0%}",
-            "bits per byte": found["bits_per_byte"],
-        }
-        for name, found in result["held_out"].items()
-    ]
+    rows = _row if read.seeds is None else _row_of_seeds
+    table = markdown([rows(name, found) for name, found in result["held_out"].items()])
+    seeds = "" if read.seeds is None else f", each of {len(read.seeds)} seeds"
     screen.result(
         {"output": read.output, **result},
-        f"{number(result['parameters'])} parameters, {result['tokens_trained']:,} tokens in "
-        f"{clock(result['seconds'])}\n\n{markdown(rows)}\nWritten to {read.output}\n\n"
-        f"Next:  smelt inspect {read.output}\n"
-        f"       smelt compress {read.output} OUT --keep 0.5",
+        f"{number(result['parameters'])} parameters, {result['tokens_trained']:,} tokens{seeds}, "
+        f"in {clock(result['seconds'])}\n\n{table}\nWritten to {read.output}" + _next(read),
     )
+
+
+def _row(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "held-out text": name,
+        "nats per token": found["nats_per_token"],
+        "of unigram": f"{found['share_of_unigram']:.0%}",
+        "bits per byte": found["bits_per_byte"],
+    }
+
+
+def _row_of_seeds(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "held-out text": name,
+        "nats per token": found["nats_per_token"],
+        "sd over seeds": found["standard_deviation"],
+    }
+
+
+def _next(recipe: "TrainRecipe") -> str:
+    """What may be done with a stock checkpoint; a samoe is small already."""
+    if recipe.model.model_type == "samoe" or recipe.seeds is not None:
+        return ""
+    return (
+        f"\n\nNext:  smelt inspect {recipe.output}\n"
+        f"       smelt compress {recipe.output} OUT --keep 0.5"
+    )
+
+
+@contextmanager
+def _keeping(recipe: "TrainRecipe") -> Iterator[None]:
+    """Within: a signal says where the unfinished run lies, if it can be gone on with."""
+    from smelt.train.resume import unfinished
+
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.kept = unfinished(recipe)
+        raise

@@ -53,6 +53,7 @@ class SaMoEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    accepts_loss_kwargs = False  # the loss is a mean: the Trainer divides it when it accumulates
     _drawn_alpha: list[Tensor] | None = None
 
     @torch.no_grad()
@@ -157,9 +158,12 @@ class SaMoEModel(SaMoEPreTrainedModel):
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         past = cache.get_seq_length() if cache is not None else 0
+        last = past + h.shape[1]
         if position_ids is None:
-            position_ids = torch.arange(past, past + h.shape[1], device=h.device)[None]
-        h = self._with_positions(h, position_ids, past)
+            position_ids = torch.arange(past, last, device=h.device)[None]
+        elif self.embed_positions is not None:
+            last = int(position_ids.max()) + 1
+        h = self._with_positions(h, position_ids, last)
         positions = self.rotary(h, position_ids) if self.rotary is not None else None
         mask, real = self._masks(h, attention_mask, position_ids, cache)
         pools = [pool(compute_dtype(h)) for pool in self.pools]
@@ -195,12 +199,12 @@ class SaMoEModel(SaMoEPreTrainedModel):
         wanted = either(use_cache, self.config.use_cache)
         return DynamicCache(config=self.config) if wanted else None
 
-    def _with_positions(self, h: Tensor, position_ids: Tensor, past: int) -> Tensor:
+    def _with_positions(self, h: Tensor, position_ids: Tensor, last: int) -> Tensor:
         if self.embed_positions is None:
             return h
-        if past + h.shape[1] > self.config.max_position_embeddings:
+        if last > self.config.max_position_embeddings:
             raise RecipeError(
-                f"{past + h.shape[1]} positions: this model has learned "
+                f"{last} positions: this model has learned "
                 f"{self.config.max_position_embeddings}. Give it shorter sequences."
             )
         embedded: Tensor = h + self.embed_positions(position_ids)

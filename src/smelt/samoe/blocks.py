@@ -190,7 +190,10 @@ class SaMoEBlock(GradientCheckpointingLayer):
             h = mark(h + self.mlp(u), done="dense", follows="other")
             return h, None, None, weights
         routed: Routed = self.mlp(u, shared, router, real)
-        y = routed.output if self.residual is None else routed.output + self.residual(u)
+        y = routed.output
+        if self.residual is not None:
+            y = mark(y, done="other", follows="dense")
+            y = mark(y + self.residual(u), done="dense", follows="other")
         beta = self.mlp.beta
         h = h + y if beta is None else beta.to(h.dtype) * h + y
         return h, routed.logits, routed.dropped, weights

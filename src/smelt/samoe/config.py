@@ -1,8 +1,11 @@
 """`SaMoEConfig`: one class for SaMoE and every control it is compared with."""
 
+import dataclasses
+import difflib
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from smelt.errors import RecipeError
 from smelt.samoe import count
@@ -42,6 +45,27 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+FOLLOWING = ("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size")
+"""The sizes that follow from others where they are not given."""
+
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    *FOLLOWING,
+    "num_experts",
+    "num_experts_per_tok",
+    "pool_size",
+    "moe_every",
+    "max_position_embeddings",
+)
+"""The sizes that are whole numbers of at least 1."""
+
+OTHER_FIELDS = {"num_labels", "rope_theta", "attn_implementation", "output_attentions"}
+"""What transformers takes beside a configuration's fields."""
+
+
 class SaMoEConfig(PreTrainedConfig):
     """Sizes and rules of a SaMoE model or of one of its controls.
 
@@ -75,7 +99,8 @@ class SaMoEConfig(PreTrainedConfig):
     """
 
     model_type = "samoe"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
+    # The Trainer hands the other outputs, the logits, to metrics. (Transformers' own form.)
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "dropped"]  # noqa: RUF012
     attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
 
     vocab_size: int = 50257
@@ -122,11 +147,7 @@ class SaMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Fill in the sizes that follow from others, and check them all."""
-        if self.num_attention_heads < 1 or self.hidden_size < 1:
-            raise RecipeError(
-                f"num_attention_heads = {self.num_attention_heads}, hidden_size = "
-                f"{self.hidden_size}: both are at least 1."
-            )
+        _check_counts(self)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
@@ -145,6 +166,10 @@ class SaMoEConfig(PreTrainedConfig):
         """
         if preset not in PRESETS:
             raise RecipeError(f"preset = {preset!r}: the presets are {', '.join(PRESETS)}.")
+        known = {field.name for field in dataclasses.fields(cls)} | OTHER_FIELDS
+        for name in fields.keys() - known:
+            near = difflib.get_close_matches(name, known, 3) or sorted(known)
+            raise RecipeError(f"{name}: SaMoEConfig has no such field. Near it: {', '.join(near)}.")
         merged = PRESETS[preset] | fields
         if merged.get("sharing") == "union" and "num_experts_per_tok" not in fields:
             merged["num_experts_per_tok"] *= merged.get("pool_size", 2)
@@ -184,11 +209,17 @@ class SaMoEConfig(PreTrainedConfig):
         return count.bytes_per_decode_step(self, batch, context, bytes_per_value)
 
 
+def _check_counts(config: SaMoEConfig) -> None:
+    for name in COUNTS:
+        value = getattr(config, name)
+        if name in FOLLOWING and value is None:
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise RecipeError(f"{name} = {value!r}: it is a whole number of at least 1.")
+
+
 def _check(config: SaMoEConfig) -> None:
     _check_names(config)
-    for name in ("vocab_size", "num_hidden_layers", "num_experts", "pool_size", "moe_every"):
-        if getattr(config, name) < 1:
-            raise RecipeError(f"{name} = {getattr(config, name)}: it is at least 1.")
     _check_widths(config)
     if config.sharing == "dense":
         return
@@ -226,6 +257,7 @@ def _check_names(config: SaMoEConfig) -> None:
         "alpha_init": ("orthogonal", "uniform", "group"),
         "position_embedding": ("learned", "rope"),
         "norm": ("layer", "rms"),
+        "hidden_act": tuple(ACT2FN),
     }
     for name, values in allowed.items():
         if getattr(config, name) not in values:
@@ -244,7 +276,16 @@ def _check_widths(config: SaMoEConfig) -> None:
         raise RecipeError(
             f"num_key_value_heads = {kv_heads} does not divide num_attention_heads = {heads}."
         )
-    if config.position_embedding == "rope" and cast(int, config.head_dim) % 2:
+    if not config.head_dim:
+        raise RecipeError(
+            f"hidden_size = {config.hidden_size} leaves {heads} attention heads no width. Lower "
+            "num_attention_heads, or set head_dim."
+        )
+    if config.position_embedding == "rope":
+        rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise RecipeError(f'rope_type = {rope_type!r}: SaMoE has "default" alone.')
+    if config.position_embedding == "rope" and config.head_dim % 2:
         raise RecipeError(f"head_dim = {config.head_dim}: rotary positions need an even one.")
     for name in ("hidden_size", "moe_intermediate_size"):
         width = getattr(config, name)

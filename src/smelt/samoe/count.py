@@ -51,6 +51,8 @@ def bytes_per_decode_step(
     tables = config.vocab_size * D * (1 if config.tie_word_embeddings else 2)
     positions = config.max_position_embeddings * D if config.position_embedding == "learned" else 0
     values = float(_outside_experts(config) - tables - positions)
+    if config.shared_router:
+        values += sum(D * layer.experts for layer in config.layout.layers[1:])
     values += config.vocab_size * D  # the head
     values += batch * D * (2 if positions else 1)  # a row of each table per sequence
     read = config.layout.groups[0].entries if config.layout.is_mixed else 1
@@ -107,7 +109,7 @@ def _outside_experts(config: "SaMoEConfig") -> int:
         kv = cast(int, config.num_key_value_heads)
         total += L * ((config.num_attention_heads + 2 * kv) * head_dim + D)
     if config.qk_norm:
-        total += L * 2 * head_dim
+        total += L * 2 * (2 if config.norm == "layer" else 1) * head_dim
     inner = cast(int, config.intermediate_size)
     biases = (1 + config.is_gated) * inner + D if config.has_bias else 0
     total += _num_dense(config) * ((2 + config.is_gated) * D * inner + biases)

@@ -18,21 +18,47 @@ def choose(logits: Float[Tensor, "N E"], num_choices: int, *, is_normalised: boo
 
     The gate weights are the softmax over all experts, in float32, divided by their sum if asked.
     """
-    weight, choice = logits.float().softmax(-1).topk(num_choices)
+    probability = logits.float().softmax(-1)
+    choice = largest(probability, num_choices)
+    weight = probability.gather(1, choice)
     if is_normalised:
         weight = weight / weight.sum(-1, keepdim=True)
     return Routing(choice, weight, logits)
 
 
-def capacity(factor: float, num_choices: int, num_tokens: int, num_experts: int) -> int:
-    """How many tokens of a sequence an expert takes: max(4, ⌈Q·K·T/E⌉)."""
-    return max(4, math.ceil(factor * num_choices * num_tokens / num_experts))
+@torch.no_grad()
+def largest(values: Float[Tensor, "N E"], count: int) -> Int[Tensor, "N K"]:
+    """The ids of the K largest of each row, the lower one where two are equal.
+
+    `topk` promises no order of equal values, and is slower for the small K of routers.
+    """
+    found: list[Tensor] = []
+    for _ in range(count):
+        if found:
+            values = values.scatter(1, found[-1], -math.inf)
+        found.append(values.argmax(-1, keepdim=True))
+    return torch.cat(found, 1)
+
+
+def capacity(
+    factor: float, num_choices: int, num_tokens: Int[Tensor, " B"], num_experts: int
+) -> Int[Tensor, " B"]:
+    """How many tokens of each sequence an expert takes: max(4, ⌈Q·K·T/E⌉).
+
+    Args:
+        num_tokens: T, the real tokens of each sequence; padding gives no places.
+    """
+    exact = factor * num_choices * num_tokens.double() / num_experts
+    return exact.ceil().long().clamp(min=4)
 
 
 def within_capacity(
-    choice: Int[Tensor, "B T K"], real: Bool[Tensor, "B T"], num_experts: int, limit: int
+    choice: Int[Tensor, "B T K"],
+    real: Bool[Tensor, "B T"],
+    num_experts: int,
+    limit: Int[Tensor, " B"],
 ) -> Bool[Tensor, "B T K"]:
-    """Which choices fit: the first `limit` of each expert in each sequence.
+    """Which choices fit: the first `limit[b]` of each expert in sequence b.
 
     First choices of all tokens go before second choices; within them the earlier token goes first.
     Padding takes no place.
@@ -47,7 +73,7 @@ def within_capacity(
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(queue)
     rank[order] = torch.arange(len(queue), device=queue.device) - starts[queue[order]]
-    fits = (rank < limit).view(B, K, T).transpose(1, 2)
+    fits = rank.view(B, K, T).transpose(1, 2) < limit[:, None, None]
     return fits & real[:, :, None]
 
 

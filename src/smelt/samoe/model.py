@@ -1,5 +1,7 @@
 """SaMoE as transformers citizens: a causal and a masked language model, a classifier."""
 
+import copy
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -21,6 +23,8 @@ from smelt.samoe.backbone import SaMoEModel, SaMoEOutput, SaMoEPreTrainedModel, 
 from smelt.samoe.config import SaMoEConfig
 from smelt.samoe.moe import balance_loss, z_loss
 from smelt.samoe.phases import mark
+
+logger = logging.getLogger(__name__)
 
 
 class _LanguageModel(SaMoEPreTrainedModel):
@@ -77,7 +81,7 @@ class _LanguageModel(SaMoEPreTrainedModel):
         hidden = mark(hidden, done="other", follows="head")
         logits = self.lm_head(hidden)
         aux_loss = None
-        if found.router_logits:
+        if found.router_logits and labels is not None:
             aux_loss = self._router_loss(found.router_logits, inputs.get("attention_mask"))
         loss = None
         if labels is not None:
@@ -96,14 +100,15 @@ class _LanguageModel(SaMoEPreTrainedModel):
         )
 
     def _router_loss(self, logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-        real = None  # in cached decoding the mask covers the past too: all new tokens are real
-        if attention_mask is not None and attention_mask.numel() == logits[0].shape[0]:
-            real = attention_mask.bool()
+        real = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            new = logits[0].shape[0] // attention_mask.shape[0]  # the mask covers the past too
+            real = attention_mask[:, -new:].bool()
         loss = self.config.router_aux_loss_coef * balance_loss(
             logits, self.config.num_experts_per_tok, real
         )
         if self.config.router_z_loss_coef:
-            loss = loss + self.config.router_z_loss_coef * z_loss(logits)
+            loss = loss + self.config.router_z_loss_coef * z_loss(logits, real)
         return cast(Tensor, loss)
 
     def _token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -116,7 +121,19 @@ class _LanguageModel(SaMoEPreTrainedModel):
 
 
 class SaMoEForCausalLM(_LanguageModel, GenerationMixin):
-    """Predicts the next token. The loss holds the routers' balance and z-loss."""
+    """Predicts the next token. The loss holds the routers' balance and z-loss.
+
+    Raises:
+        RecipeError: a configuration of a masked language model (`is_causal` False).
+    """
+
+    def __init__(self, config: SaMoEConfig) -> None:
+        if not config.is_causal:
+            raise RecipeError(
+                "is_causal = False: every position sees those after it, so there is no next token "
+                "to predict. Take SaMoEForMaskedLM (AutoModelForMaskedLM)."
+            )
+        super().__init__(config)
 
     def forward(
         self,
@@ -147,9 +164,19 @@ class SaMoEForCausalLM(_LanguageModel, GenerationMixin):
 
 
 class SaMoEForMaskedLM(_LanguageModel):
-    """Predicts masked tokens with bidirectional attention; `config.is_causal` becomes False."""
+    """Predicts masked tokens with bidirectional attention.
+
+    Its configuration is a copy of the one given, with `is_causal` False. The weights of a causal
+    model load, as a start for training; the log says so.
+    """
 
     def __init__(self, config: SaMoEConfig) -> None:
+        if config.is_causal and "SaMoEForCausalLM" in (config.architectures or ()):
+            logger.warning(
+                "These weights were trained to predict the next token. SaMoEForMaskedLM lets every "
+                "position see all others: train it before use."
+            )
+        config = copy.deepcopy(config)
         config.is_causal = False
         super().__init__(config)
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from smelt.errors import RecipeError
 from smelt.samoe.config import SaMoEConfig
-from smelt.samoe.dispatch import capacity, choose, dispatch, within_capacity
+from smelt.samoe.dispatch import capacity, choose, dispatch, largest, within_capacity
 from smelt.samoe.layout import Group
 from smelt.samoe.phases import mark
 from smelt.samoe.pool import Alpha, ExpertPool, PoolWeights, pooled_experts
@@ -48,7 +48,9 @@ class SaMoELayer(nn.Module):
         self.num_choices = config.num_experts_per_tok
         self.is_normalised = config.norm_topk_prob
         self.capacity_factor = config.capacity_factor
-        self.mix = cast(Literal["activation", "weight"], config.mix)
+        self.mix: Literal["activation", "weight"] = (
+            "weight" if config.mix == "weight" else "activation"  # without α there is no mixing
+        )
         self.alpha_scope = config.alpha_scope
         self.num_matrices = 2 + config.is_gated
         self.router = None if config.shared_router else Router(mine.experts, config.hidden_size)
@@ -69,12 +71,13 @@ class SaMoELayer(nn.Module):
             real: [B, T], False: padding, which is not routed; None: no padding.
         """
         B, T, D = x.shape
-        logits = cast(Router, self.router or router)(x.view(-1, D))
+        x_ND = x.reshape(-1, D)
+        logits = cast(Router, self.router or router)(x_ND)
         routing = choose(logits, self.num_choices, is_normalised=self.is_normalised)
         weight = mark(routing.weight, done="router", follows="dispatch")
         kept = self._kept_choices(routing.choice.view(B, T, -1), real)
         pairs = dispatch(routing.__class__(routing.choice, weight, None), kept, self.num_experts)
-        rows = mark(x.view(-1, D)[pairs.token], done="dispatch", follows="experts")
+        rows = mark(x_ND[pairs.token], done="dispatch", follows="experts")
         weights = self._weights(shared, x)
         alpha = self._spread_alpha()
         y = pooled_experts(weights, rows, pairs.sizes, alpha, mix=self.mix, kept=self.kept)
@@ -90,9 +93,9 @@ class SaMoELayer(nn.Module):
         """Which choices fit the capacity and are of real tokens [N, K]; None: all."""
         B, T, K = choice.shape
         if self.training and self.capacity_factor is not None:
-            limit = capacity(self.capacity_factor, K, T, self.num_experts)
             if real is None:
                 real = torch.ones(B, T, dtype=torch.bool, device=choice.device)
+            limit = capacity(self.capacity_factor, K, real.sum(1), self.num_experts)
             return within_capacity(choice, real, self.num_experts, limit).reshape(-1, K)
         return None if real is None else real.reshape(-1, 1).expand(-1, K)
 
@@ -130,14 +133,15 @@ class SaMoELayer(nn.Module):
         if self.alpha is None or threshold <= 0:
             self.kept = None
             return
-        # the factor that an output of the entry carries; of a matrix-wise α the last column
-        factors = self.alpha[:, -1:] if self.alpha_scope == "matrix" else self.alpha
-        largest = factors.detach().abs().reshape(len(self.alpha), -1).amax(1)
-        kept = (largest >= threshold).nonzero().squeeze(1).tolist()
+        # activation mixing with α per matrix: the last column alone multiplies an entry's output
+        is_last = self.alpha_scope == "matrix" and self.mix == "activation"
+        factors = self.alpha[:, -1:] if is_last else self.alpha
+        reach = factors.detach().abs().reshape(len(self.alpha), -1).amax(1)
+        kept = (reach >= threshold).nonzero().squeeze(1).tolist()
         if not kept:
             raise RecipeError(
                 f"A threshold of {threshold} empties MoE layer {self.index}: its largest |α| is "
-                f"{float(largest.max()):.4g}. Choose a lower one."
+                f"{float(reach.max()):.4g}. Choose a lower one."
             )
         self.kept = None if len(kept) == len(self.alpha) else tuple(kept)
 
@@ -173,13 +177,13 @@ def _alpha(config: SaMoEConfig, group: Group) -> nn.Parameter:
 def initial_alpha(config: SaMoEConfig) -> list[Tensor]:
     """The first α of every MoE layer, in the shape of its scope; drawn from torch's generator."""
     layers, P = len(config.layout.layers), config.pool_size
-    if config.alpha_init == "uniform":
+    if P == 1:
+        rows = torch.ones(layers, 1)
+    elif config.alpha_init == "uniform":
         rows = torch.full((layers, P), 1 / math.sqrt(P))
     elif config.alpha_init == "group":
         group = torch.arange(layers) * P // layers
         rows = functional.one_hot(group, P) + 0.01 * torch.randn(layers, P)
-    elif P == 1:
-        rows = torch.ones(layers, 1)
     else:
         rows = functional.normalize(nn.init.orthogonal_(torch.empty(layers, P)), dim=1)
     if config.alpha_scope == "expert":
@@ -206,12 +210,16 @@ def balance_loss(
     for layer in logits:
         rows = layer if real is None else layer[real.flatten()]
         probability = rows.float().softmax(-1)
-        chosen = probability.topk(num_choices).indices.flatten()
+        chosen = largest(probability, num_choices).flatten()
         share = torch.bincount(chosen, minlength=layer.shape[-1]) / len(chosen)
         losses.append(layer.shape[-1] * (share * probability.mean(0)).sum())
     return torch.stack(losses).sum()
 
 
-def z_loss(logits: tuple[Tensor, ...]) -> Tensor:
-    """Σ over layers of the mean squared log-sum-exp. Source: ST-MoE, arXiv:2202.08906, Eq. 5."""
-    return torch.stack([layer.float().logsumexp(-1).square().mean() for layer in logits]).sum()
+def z_loss(logits: tuple[Tensor, ...], real: Tensor | None = None) -> Tensor:
+    """Σ over layers of the mean squared log-sum-exp. Padding is left out.
+
+    Source: ST-MoE, arXiv:2202.08906, Eq. 5.
+    """
+    kept = [layer if real is None else layer[real.flatten()] for layer in logits]
+    return torch.stack([layer.float().logsumexp(-1).square().mean() for layer in kept]).sum()

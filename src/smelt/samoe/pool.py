@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from smelt.samoe.grouped import grouped_linear
+from smelt.samoe.phases import mark
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,10 @@ def pooled_experts(
             hit = sizes.nonzero().squeeze(1)  # mix only what is reached
             weights, sizes = weights.picked(hit), sizes[hit]
             alpha = alpha.picked(hit)
-        return _run(mixed(weights, alpha, entries), x, sizes, None)
+        weights = replace(weights, up=mark(weights.up, done="experts", follows="mixing"))
+        weights = mixed(weights, alpha, entries)
+        weights = replace(weights, up=mark(weights.up, done="mixing", follows="experts"))
+        return _run(weights, x, sizes, None)
     if len(entries) == weights.entries:
         return _run(weights, x, sizes, alpha)
     parts = [_run(weights.entry(c), x, sizes, _of_entry(alpha, c)) for c in entries]
@@ -169,7 +173,7 @@ def pooled_experts(
 def mixed(weights: PoolWeights, alpha: Alpha, entries: tuple[int, ...]) -> PoolWeights:
     """One expert layer whose weights are the α-weighted sums over the entries (weight mixing)."""
     E, P, F = weights.num_experts, weights.entries, weights.hidden_size
-    chosen = list(entries)
+    chosen = slice(None) if len(entries) == P else list(entries)  # all of them: no copy
 
     def rows(tensor: Tensor | None, factor: Tensor | None) -> Any:
         """Σ_c α[e, c] · tensor[e, c·F …], over rows of up and gate and their biases."""

@@ -1,54 +1,47 @@
-"""A stock model with fresh weights, of a recipe's family and sizes."""
+"""A model with fresh weights, SaMoE or of a stock family, of a recipe's sizes."""
 
 import difflib
+from typing import Any
 
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from smelt.errors import RecipeError
-from smelt.train.settings import ModelSettings
+from smelt.errors import RecipeError, SmeltError
+from smelt.train.settings import TrainRecipe
 
 
-def build_model(
-    settings: ModelSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    sequence_length: int,
-    router_aux_loss: float,
-) -> PreTrainedModel:
-    """The family's own language model, float32, initialised by transformers.
+def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The family's own language model, float32, with the weights it starts from.
 
     The vocabulary and the special tokens are the tokenizer's.
     """
-    config = build_config(settings, tokenizer, router_aux_loss)
+    config = build_config(recipe, tokenizer)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < sequence_length:
+    if positions is not None and positions < recipe.text.sequence_length:
         raise RecipeError(
             f"model.max_position_embeddings is {positions}, text.sequence_length is "
-            f"{sequence_length}. Raise the one or lower the other."
+            f"{recipe.text.sequence_length}. Raise the one or lower the other."
         )
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    try:
-        model: PreTrainedModel = auto.from_config(config)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:
-        raise RecipeError(
-            f"model: transformers cannot build this {settings.model_type} ({error}). "
-            "Check the sizes against each other."
-        ) from None
+    auto: Any = AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        auto = AutoModelForSeq2SeqLM
+    elif recipe.objective == "masked":
+        auto = AutoModelForMaskedLM
+    model: PreTrainedModel = _built(auto.from_config, config, recipe)
     model.float()
     return model
 
 
-def build_config(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, router_aux_loss: float
-) -> PreTrainedConfig:
+def build_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The family's configuration with the recipe's fields; a field it does not have is an error."""
+    settings = recipe.model
     if settings.model_type not in CONFIG_MAPPING:
         raise RecipeError(
             f"model.model_type = {settings.model_type!r} is no family transformers knows. "
@@ -64,23 +57,42 @@ def build_config(
                 f"model.{name}: {settings.model_type} has no such setting. "
                 f"{_closest(name, sorted(known))}"
             )
-    special = {
+    ours = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "router_aux_loss_coef": recipe.router_aux_loss,
+        "router_z_loss_coef": recipe.router_z_loss,
     }
-    if "router_aux_loss_coef" in known:
-        special["router_aux_loss_coef"] = router_aux_loss
+    ours = {name: value for name, value in ours.items() if name in known or "_token_id" in name}
     if stock.is_encoder_decoder:
-        special["decoder_start_token_id"] = tokenizer.pad_token_id
-    config: PreTrainedConfig = kind(**{**special, **settings.fields()})
+        ours["decoder_start_token_id"] = tokenizer.pad_token_id
+    if recipe.objective == "masked":
+        ours["is_causal"] = False
+    make: Any = kind
+    if settings.preset is not None:
+        make = lambda **fields: kind.from_preset(settings.preset, **fields)  # type: ignore[attr-defined]  # noqa: E731
+    config: PreTrainedConfig = _built(make, None, recipe, **{**ours, **settings.fields()})
     if config.vocab_size < len(tokenizer):
         raise RecipeError(
             f"model.vocab_size is {config.vocab_size}, the tokenizer has {len(tokenizer)} tokens. "
             "Leave model.vocab_size out."
         )
     return config
+
+
+def _built(make: Any, config: PreTrainedConfig | None, recipe: TrainRecipe, **fields: Any) -> Any:
+    """What transformers makes; sizes that do not fit each other are the recipe's mistake."""
+    try:
+        return make(**fields) if config is None else make(config)
+    except SmeltError as error:
+        raise RecipeError(f"model: {error}") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, AssertionError) as error:
+        raise RecipeError(
+            f"model: transformers cannot build this {recipe.model.model_type} ({error}). "
+            "Check the sizes against each other."
+        ) from None
 
 
 def _closest(name: str, known: list[str]) -> str:

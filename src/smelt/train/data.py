@@ -14,12 +14,18 @@ from smelt.text.sources import TextSource, draw_documents
 from smelt.text.spans import IGNORED
 
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
 Example = dict[str, Tensor]  # one sequence as a model takes it, labels with it
 TOKENIZER_BYTES = 1 << 24  # text a tokenizer is fitted to
 
 
 def train_tokenizer(
-    sources: Sequence[TextSource], *, vocab_size: int, num_sentinels: int = 0, seed: int = 0
+    sources: Sequence[TextSource],
+    *,
+    vocab_size: int,
+    num_sentinels: int = 0,
+    with_mask: bool = False,
+    seed: int = 0,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer fitted to the sources: every text has tokens, and comes back.
 
@@ -27,11 +33,31 @@ def train_tokenizer(
 
     Args:
         sources: the text; nothing held out.
-        vocab_size: tokens in all: the end of text, the sentinels, 256 bytes, the merges.
+        vocab_size: tokens in all: the special ones, 256 bytes, the merges.
         num_sentinels: `<extra_id_0>` … for span corruption.
+        with_mask: `<|mask|>` for masked language models.
         seed: which documents are read where there are more.
     """
-    special = [END_OF_TEXT, *(f"<extra_id_{i}>" for i in range(num_sentinels))]
+    fitted = fit_tokenizer(
+        sources,
+        vocab_size=vocab_size,
+        num_sentinels=num_sentinels,
+        with_mask=with_mask,
+        seed=seed,
+    )
+    return wrap_tokenizer(fitted, num_sentinels=num_sentinels, with_mask=with_mask)
+
+
+def fit_tokenizer(
+    sources: Sequence[TextSource],
+    *,
+    vocab_size: int,
+    num_sentinels: int,
+    with_mask: bool,
+    seed: int,
+) -> Tokenizer:
+    """What `train_tokenizer` fits, as the tokenizers library has it."""
+    special = [END_OF_TEXT, *_sentinels(num_sentinels), *([MASK] if with_mask else [])]
     if vocab_size < 256 + len(special):
         raise CalibrationError(
             f"A vocabulary of {vocab_size} cannot hold 256 bytes and {len(special)} special "
@@ -48,13 +74,25 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(_some_text(sources, seed), trainer)
+    return tokenizer
+
+
+def wrap_tokenizer(
+    tokenizer: Tokenizer, *, num_sentinels: int, with_mask: bool
+) -> PreTrainedTokenizerFast:
+    """A fitted tokenizer as transformers takes it."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        additional_special_tokens=special[1:],
+        mask_token=MASK if with_mask else None,
+        additional_special_tokens=_sentinels(num_sentinels),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _sentinels(number: int) -> list[str]:
+    return [f"<extra_id_{i}>" for i in range(number)]
 
 
 def _some_text(sources: Sequence[TextSource], seed: int) -> Iterator[str]:

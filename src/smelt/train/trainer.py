@@ -1,275 +1,157 @@
 """`train`: a recipe's model, trained by transformers' Trainer, saved as an ordinary checkpoint."""
 
 import json
-import logging
 import shutil
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import set_seed
 
 from smelt.errors import RecipeError
-from smelt.recipe import dump_recipe, expand_environment
-from smelt.text import TokenBlocks, tokenize
+from smelt.recipe import expand_environment
 from smelt.text.sources import TextSource
-from smelt.text.spans import sentinels, span_corruption
-from smelt.train import losses
+from smelt.train import distributed, processes
 from smelt.train.build import build_model
-from smelt.train.data import (
-    Example,
-    next_token_examples,
-    train_tokenizer,
-)
-from smelt.train.measure import HeldOut, forward, measure, num_choices, report
+from smelt.train.checkpoints import write
+from smelt.train.examples import held_out_examples, training_set
+from smelt.train.faults import disk_may_fill
+from smelt.train.log import check_tensorboard, peak_memory_bytes
+from smelt.train.measure import HeldOut, num_choices, report
+from smelt.train.resume import begin, last_checkpoint
+from smelt.train.run import run
+from smelt.train.seeds import finished, of_seed, summary
 from smelt.train.settings import TrainRecipe
+from smelt.train.shards import Shard, find_tokenizer, shard, tokenizer_sha256
+from smelt.train.watch import OnStep
 
 __all__ = ["TrainRecipe", "train"]
 
-logger = logging.getLogger(__name__)
 
-
-def train(
-    recipe: TrainRecipe, *, on_step: Callable[[int, int, float], None] | None = None
-) -> dict[str, Any]:
+def train(recipe: TrainRecipe, *, on_step: OnStep | None = None) -> dict[str, Any]:
     """Train the recipe's model, save it as an ordinary checkpoint, and return what it reached.
 
-    The output folder gets the weights, the tokenizer, and in `smelt/` the recipe, the training
-    log (`log.jsonl`) and `training.json`, which is also the value returned.
+    The output folder gets the weights, the tokenizer, and in `smelt/` the recipe, the training log
+    (`log.jsonl`), the last checkpoints (`checkpoints/step-N`), and `training.json`, which is also
+    the value returned. Until then all of it is in `OUTPUT.partial`; the same call after a kill goes
+    on there, with the same result as if nothing had happened.
 
     Args:
         recipe: everything that decides the result.
         on_step: called after every step with its number, the number of all, and nats per token.
 
     Raises:
-        RecipeError: a setting that does not fit, or an output folder that exists.
+        RecipeError: a setting that does not fit, an output folder that exists, an unfinished run of
+            another recipe or text, a loss that is no number.
         CalibrationError: text that cannot be read.
     """
+    processes.meet()
+    distributed.check_batch(recipe.batch_size, recipe.accumulate)
+    if recipe.tensorboard:
+        check_tensorboard()
+    if recipe.seeds is None:
+        return _train_one(recipe, on_step)
+    output = Path(expand_environment(recipe.output)).expanduser()
+    if (output / "config.json").exists():
+        raise RecipeError(
+            f"{output}: holds a run of one seed. Name another folder for several, or remove it."
+        )
+    recipes = [of_seed(recipe, seed) for seed in recipe.seeds]
+    results = {one.seed: finished(output / f"seed-{one.seed}", one) for one in recipes}
+    for place, one in enumerate(recipes):
+        if results[one.seed] is None:
+            results[one.seed] = _train_one(one, _within(on_step, place, len(recipes)))
+    together = summary({seed: found for seed, found in results.items() if found is not None})
+    if processes.is_first():
+        spelt = json.dumps(together, indent=1, ensure_ascii=False) + "\n"
+        (output / "summary.json").write_text(spelt, encoding="utf-8")
+    return together
+
+
+def _within(on_step: OnStep | None, place: int, number: int) -> OnStep | None:
+    """The progress of one run of several, as that of all."""
+    if on_step is None:
+        return None
+    return lambda step, steps, nats: on_step(place * steps + step, number * steps, nats)
+
+
+def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
     output = Path(expand_environment(recipe.output)).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Name another folder, or remove this one.")
-    set_seed(recipe.seed)
-    tokenizer = _tokenizer(recipe)
-    model = build_model(
-        recipe.model,
-        tokenizer,
-        sequence_length=recipe.text.sequence_length,
-        router_aux_loss=recipe.router_aux_loss,
+    tokenizer = processes.in_turn(
+        lambda: find_tokenizer(
+            recipe.tokenizer, recipe.text, with_mask=recipe.objective == "masked"
+        )
     )
-    num_choices(model)  # a model without experts is refused here
-    blocks = _tokens(recipe.text.train, tokenizer, recipe, recipe.text.tokens)
-    examples = _examples(blocks, model, tokenizer, recipe)
+    set_seed(recipe.seed)
+    model = distributed.build(
+        lambda: build_model(recipe, tokenizer), is_low=recipe.precision == "bfloat16"
+    )
+    num_choices(model)  # a stock model without experts is refused here
+    text = recipe.text
+
+    def drawn(sources: Sequence[TextSource], num_tokens: int) -> Shard:
+        return processes.in_turn(lambda: shard(sources, tokenizer, text, num_tokens))
+
+    tokens = drawn(text.train, text.tokens)
+    rows, train_counts = training_set(tokens, model, tokenizer, recipe)
     held_out = []
-    for source in recipe.text.held_out:
-        cut = _tokens([source], tokenizer, recipe, recipe.text.held_out_tokens)
-        held_out.append(HeldOut(str(source), _examples(cut, model, tokenizer, recipe), cut))
+    for source in text.held_out:
+        cut = drawn([source], text.held_out_tokens)
+        examples = held_out_examples(cut, model, tokenizer, recipe)
+        held_out.append(HeldOut(str(source), examples, cut.blocks()))
+    hashes = {
+        "the tokenizer": tokenizer_sha256(tokenizer),
+        "the training text": tokens.sha256,
+        **{f"held-out text {one.name}": one.blocks.sha256 for one in held_out},
+    }
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "smelt").mkdir(parents=True)
+    checkpoint = processes.by_the_first(lambda: begin(partial, recipe, hashes))
     try:
-        begin = time.perf_counter()
-        _run(model, examples, held_out, recipe, partial, on_step)
-        seconds = time.perf_counter() - begin
-        model.to(getattr(torch, recipe.dtype))
-        model.config.use_cache = True  # the Trainer turns it off for itself
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        dump_recipe(recipe, partial / "smelt" / "recipe.yaml")
-        trained = recipe.steps * recipe.batch_size * recipe.text.sequence_length
-        result = {
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "steps": recipe.steps,
-            "tokens_trained": trained,
-            "distinct_tokens": blocks.num_tokens,
-            "seconds": round(seconds, 1),
-            "tokens_per_second": round(trained / seconds, 1),
-            "train_text_sha256": blocks.sha256,
-            # in float32, of the weights as they were saved
-            **report(model.float(), examples, held_out, recipe.batch_size),
-        }
-        text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-        (partial / "smelt" / "training.json").write_text(text, encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+        with disk_may_fill(partial):
+            ran = run(
+                model, tokenizer, rows, held_out, recipe, partial / "smelt", checkpoint, on_step
+            )
+            peak = peak_memory_bytes()
+            dtype = getattr(torch, recipe.dtype)
+            write(model, tokenizer, partial, dtype)
+            distributed.round_to(model, dtype)
+            trained = recipe.steps * recipe.batch_size * text.sequence_length
+            result = {
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "steps": recipe.steps,
+                "tokens_trained": trained,
+                "distinct_tokens": tokens.num_tokens,
+                "seconds": round(ran.seconds, 1),
+                "tokens_per_second": round(ran.tokens_per_second, 1),
+                "training_flops_per_token": ran.flops_per_token,
+                "peak_flops": ran.peak_flops,
+                "mfu": ran.mfu,
+                "peak_memory_bytes": peak,
+                "train_text_sha256": tokens.sha256,
+                # in float32, of the weights as they were saved
+                **report(model, train_counts, held_out, recipe.batch_size // processes.started()),
+                "checkpoints": ran.kept,  # in float32, of the weights before they were saved
+            }
+            if processes.is_first():
+                spelt = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+                (partial / "smelt" / "training.json").write_text(spelt, encoding="utf-8")
+                _finish(partial, output)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.is_first() and last_checkpoint(partial / "smelt") is None:
+            # nothing to go on from
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     return result
 
 
-class _MoeTrainer(Trainer):
-    """The Trainer with our loss: nats per token plus each layer's own load balance."""
-
-    balance = 0.0
-    num_choices = 1
-    nats: list[Tensor]  # of the batches since the last line of the log, load balance not counted
-
-    def compute_loss(  # type: ignore[override]
-        self, model: PreTrainedModel, inputs: Example, *_: Any, **__: Any
-    ) -> Tensor:
-        logits, target, router_logits = forward(model, inputs)
-        loss = losses.token_loss(logits, target)
-        self.nats.append(loss.detach())
-        if self.balance and router_logits:
-            return loss + self.balance * losses.load_balance(router_logits, self.num_choices)
-        if self.balance:
-            warnings.warn(
-                f"{model.config.model_type} does not give its router logits: router_aux_loss is "
-                "left out.",
-                stacklevel=2,
-            )
-            self.balance = 0.0
-        return loss
-
-
-class _Log(TrainerCallback):
-    """One JSON line per so many steps, and per evaluation."""
-
-    def __init__(
-        self,
-        path: Path,
-        trainer: _MoeTrainer,
-        held_out: Sequence[HeldOut],
-        on_step: Callable[[int, int, float], None] | None,
-    ) -> None:
-        self.path, self.trainer, self.on_step = path, trainer, on_step
-        self.few = [HeldOut(one.name, one.examples[:64], one.blocks) for one in held_out]
-        self.begin = time.perf_counter()
-
-    def _write(self, **values: Any) -> None:
-        line = json.dumps({**values, "seconds": round(time.perf_counter() - self.begin, 1)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        logger.info("%s", line)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:  # noqa: ARG002
-        step, model = state.global_step, objects["model"]
-        if self.on_step is not None:
-            self.on_step(step, args.max_steps, float(self.trainer.nats[-1]))
-        if step % args.logging_steps == 0:
-            nats = float(torch.stack(self.trainer.nats).mean())
-            self.trainer.nats.clear()
-            rate = objects["lr_scheduler"].get_last_lr()[0]
-            self._write(step=step, nats=round(nats, 4), learning_rate=rate)
-        if step % args.eval_steps == 0:
-            measured = measure(model, self.few, args.per_device_train_batch_size)
-            model.train()
-            self._write(
-                step=step,
-                held_out={name: round(value, 4) for name, value in measured.nats.items()},
-                routing_entropy=measured.entropies,
-            )
-
-
-def _run(
-    model: PreTrainedModel,
-    examples: list[Example],
-    held_out: Sequence[HeldOut],
-    recipe: TrainRecipe,
-    folder: Path,
-    on_step: Callable[[int, int, float], None] | None,
-) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(folder / "smelt"),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": recipe.final_learning_rate},
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        adam_beta2=recipe.adam_beta2,
-        max_grad_norm=recipe.max_gradient_norm,
-        seed=recipe.seed,
-        logging_steps=recipe.log_every,
-        eval_steps=recipe.evaluate_every,
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_drop_last=len(examples) >= recipe.batch_size,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
-    trainer = _MoeTrainer(model, arguments, train_dataset=examples)
-    trainer.nats = []
-    trainer.balance = recipe.router_aux_loss
-    trainer.num_choices = num_choices(model)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Log(folder / "smelt" / "log.jsonl", trainer, held_out, on_step))
-    trainer.train()
-
-
-def _tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerBase:
-    settings = recipe.tokenizer
-    if settings.vocab_size is not None:
-        return train_tokenizer(
-            recipe.text.train,
-            vocab_size=settings.vocab_size,
-            num_sentinels=settings.sentinels,
-            seed=recipe.seed,
-        )
-    folder = expand_environment(settings.folder or "")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RecipeError(
-            f"tokenizer.folder = {folder!r} holds no tokenizer ({reason}). Name a folder with "
-            "tokenizer.json, or give tokenizer.vocab_size to fit one."
-        ) from None
-
-
-def _tokens(
-    sources: Sequence[TextSource],
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: TrainRecipe,
-    num_tokens: int,
-) -> TokenBlocks:
-    return tokenize(
-        sources,
-        tokenizer,
-        num_tokens=num_tokens,
-        sequence_length=recipe.text.sequence_length,
-        seed=recipe.seed,
-    )
-
-
-def _examples(
-    blocks: TokenBlocks,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: TrainRecipe,
-) -> list[Example]:
-    if not model.config.is_encoder_decoder:
-        return next_token_examples(blocks)
-    marks = sentinels(tokenizer)
-    if len(marks) < 2:
-        raise RecipeError(
-            f"{recipe.model.model_type} is trained by span corruption, and the tokenizer has "
-            f"{len(marks)} tokens <extra_id_N>. Set tokenizer.sentinels, e.g. to 32."
-        )
-    return span_corruption(
-        blocks,
-        sentinel_ids=marks,
-        density=recipe.spans.density,
-        mean_span=recipe.spans.mean_span,
-        seed=recipe.seed,
-        pad_id=int(model.config.pad_token_id),
-        start_id=int(model.config.decoder_start_token_id),
-    ).examples()
+def _finish(partial: Path, output: Path) -> None:
+    """The folder under its name, without what only a resume needs."""
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    (output / "smelt" / "started.json").unlink()
+    for path in (output / "smelt").glob("checkpoint-*"):
+        shutil.rmtree(path)

@@ -1,0 +1,1 @@
+"""What a checkpoint costs to run: time, bytes and memory, beside what they cannot fall below."""
