@@ -29,6 +29,7 @@ ORDER = (
     ("train",),
     ("evaluate",),
     ("bench",),
+    ("analyse",),
     ("study",),
     ("report",),
     ("api",),

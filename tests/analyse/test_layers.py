@@ -139,7 +139,7 @@ def test_layers_with_the_same_experts_and_router_are_the_same_function(model, mi
 def test_the_cosine_of_weights_is_that_of_the_mixed_down_projections(model):
     net = model(mix="weight", alpha_scope="expert", pool_size=3)
     layers, pool = net.model.moe_layers(), net.model.pools[0]()
-    vectors = [mixed(pool, l._spread_alpha(), (0, 1, 2)).down.flatten() for l in layers]  # noqa: E741
+    vectors = [mixed(pool, l.spread_alpha(), (0, 1, 2)).down.flatten() for l in layers]  # noqa: E741
     unit = torch.nn.functional.normalize(torch.stack(vectors), dim=1).double()
     torch.testing.assert_close(weight_cosine(net.model), unit @ unit.T, rtol=1e-4, atol=1e-5)
 

@@ -117,7 +117,7 @@ class Reads:
     """Values read by a decode step: each module's parameters per call, and the cache."""
 
     def __init__(self, model):
-        self.values, self.model = 0, model
+        self.values = 0
         tables = (model.model.embed_tokens, model.model.embed_positions)
         for module in model.modules():
             if module in tables:

@@ -65,6 +65,24 @@ def test_the_gradient_of_one_input_does_not_need_the_others(wanted):
     close(*gradients)
 
 
+@pytest.mark.parametrize("shape", [(512, 640), (640, 512)])
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_few_rows_through_large_matrices_are_the_same_products(has_scale, is_cut, shape):
+    # Without gradients these take another way: one, two, three and more rows each their own.
+    sizes = torch.tensor([1, 2, 0, 3, 5])
+    outputs, inputs = shape
+    weight, bias = torch.randn(5, outputs, 2 * inputs), torch.randn(5, outputs)
+    weight = weight[:, :, inputs:] if is_cut else weight[:, :, inputs:].contiguous()
+    x, scale = torch.randn(11, inputs), torch.randn(5, inputs) if has_scale else None
+    assert grouped._is_read_bound(x, weight, sizes.tolist())
+    for one in (bias, None):
+        expected = reference.grouped_linear(x, weight, one, sizes.tolist(), scale)
+        with torch.no_grad():
+            found = grouped.grouped_linear(x, weight, one, sizes, scale)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_no_rows_give_no_rows():
     out = grouped.grouped_linear(
         torch.randn(0, 16), torch.randn(4, 8, 16), torch.randn(4, 8), torch.zeros(4).long()
@@ -95,7 +113,7 @@ def looped(config, pool, alpha, x):
 def test_fused_mixing_is_the_loop_over_the_pool_with_its_gradients(kind, mix, scope):
     config, layer, pool = layer_and_pool(mix=mix, alpha_scope=scope, **KINDS[kind])
     x = draw(NUM_ROWS, 16)
-    found = pooled_experts(pool(), x, SIZES, layer._spread_alpha(), mix=mix)
+    found = pooled_experts(pool(), x, SIZES, layer.spread_alpha(), mix=mix)
     expected = looped(config, pool, layer.alpha, x)
     close(found, expected)
     leaves = [x, layer.alpha, *pool.parameters()]
@@ -114,7 +132,7 @@ def test_mixing_without_gradients_for_few_rows_is_the_same(mix):
     expected = looped(config, pool, layer.alpha, x)[3]
     with torch.no_grad():
         one = torch.tensor([0, 0, 1, 0])
-        found = pooled_experts(pool(), x[3:4], one, layer._spread_alpha(), mix=mix)
+        found = pooled_experts(pool(), x[3:4], one, layer.spread_alpha(), mix=mix)
     close(found[0], expected)
 
 

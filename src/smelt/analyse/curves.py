@@ -47,7 +47,8 @@ def curves(runs: Sequence[Run]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, (read, _) in QUANTITIES.items():
-        found[name] = _curve([_points(run.log, read) for run in runs])
+        if name != "balance" or runs[0].kind != "dense":  # which is logged as 0
+            found[name] = _curve([_points(run.log, read) for run in runs])
     sources = dict.fromkeys(
         source
         for run in runs

@@ -65,23 +65,27 @@ def _draw(axis: "Axes", value: Value, read: Any) -> None:
     look = looks([one["variant"] for one in value["variants"]])
     known = [one for one in value["variants"] if one["curves"] and read(one["curves"])]
     has_tokens = all(one["tokens_per_step"] for one in known)
-    most = max(
-        (
-            c["step"][-1] * (v["tokens_per_step"] if has_tokens else 1)
-            for v in known
-            if (c := read(v["curves"]))
-        ),
-        default=1,
-    )
-    unit, scale = _unit(most)
-    for one in known:
-        curve = read(one["curves"])
-        x = floats(curve["step"]) * (one["tokens_per_step"] if has_tokens else 1) / scale
+
+    def place(one: Value) -> Any:
+        steps = floats(read(one["curves"])["step"])
+        return steps * one["tokens_per_step"] if has_tokens else steps
+
+    unit, scale = _unit(max(place(one)[-1] for one in known))
+    is_end_only = all(len(place(one)) == 1 for one in known)
+    for number, one in enumerate(known):
+        curve, own = read(one["curves"]), look[one["variant"]]
         sd = floats([s or 0.0 for s in curve["sd"]])
-        line(
-            axis, x, curve["mean"], sd, look[one["variant"]], one["variant"], has_marks=len(x) < 12
-        )
-    axis.set_xlabel(f"{'tokens' if has_tokens else 'steps'}{unit}")
+        if is_end_only:
+            bars = {"color": own.colour, "marker": own.marker, "capsize": 3, "linestyle": "none"}
+            axis.errorbar([number], curve["mean"], yerr=sd, label=one["variant"], **bars)
+            continue
+        x = place(one) / scale
+        line(axis, x, curve["mean"], sd, own, one["variant"], has_marks=len(x) < 12)
+    if is_end_only:  # side by side: there is nothing to draw against
+        axis.set_xticks([])
+        axis.margins(x=0.1)
+    else:
+        axis.set_xlabel(f"{'tokens' if has_tokens else 'steps'}{unit}")
 
 
 def _unit(most: float) -> tuple[str, float]:

@@ -100,6 +100,7 @@ def per_expert(value: Value) -> "Figure | None":
             )
         axis.set_title(title, loc="left")
         axis.set_xscale("log")
+        log_ticks(axis.xaxis)
         axis.axhline(0, color="#444444", linewidth=0.8)
         axis.set_xlabel("tokens learnt from, all micro-batches")
     axes[0].set_ylabel("signal / noise, one micro-batch")

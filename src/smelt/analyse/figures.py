@@ -196,8 +196,8 @@ def heat(
     whole_ticks(axes.yaxis)
     small = values.shape[0] <= 8 and values.shape[1] <= 8
     if small if is_annotated is None else is_annotated:
-        for (row, column), one in np.ndenumerate(values):
-            if one is not np.ma.masked:
+        for (row, column), one in np.ndenumerate(floats(matrix)):
+            if math.isfinite(one):
                 red, green, blue, _ = palette(image.norm(one))
                 is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
                 axes.text(

@@ -116,5 +116,9 @@ def _overall(spreads: list[dict[str, Any] | None] | None) -> dict[str, Any] | No
 def _spelt(spread: dict[str, Any] | None, digits: int = 3) -> str:
     if spread is None:
         return ""
-    text = f"{spread['mean']:.{digits}g}"
-    return text if spread["sd"] is None else f"{text} ± {spread['sd']:.1g}"
+    text = _number(spread["mean"], digits)
+    return text if spread["sd"] is None else f"{text} ± {_number(spread['sd'], 1)}"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"

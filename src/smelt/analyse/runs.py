@@ -248,8 +248,11 @@ def _labelled(runs: list[Run]) -> list[Run]:
 
 
 def _telling(facts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """As few names as tell apart all that differ: sizes first, and not what follows from them."""
-    names = dict.fromkeys(name for one in facts for name in one)
+    """As few names as tell apart all that differ: sizes first, then the model's other fields.
+
+    What follows from them (the learning rate that suits a variant best) is not named.
+    """
+    names = sorted({name: None for one in facts for name in one}, key=_is_of_recipe)
     order = [*(f"model.{name}" for name in LETTERS), *names]
     chosen: list[str] = []
     kinds = 1
@@ -258,6 +261,10 @@ def _telling(facts: Sequence[Mapping[str, Any]]) -> list[str]:
         if len(split) > kinds:
             chosen, kinds = [*chosen, name], len(split)
     return chosen
+
+
+def _is_of_recipe(name: str) -> bool:
+    return not name.startswith("model.")
 
 
 def _word(name: str, value: object) -> str:

@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "modern": {
         "position_embedding": "rope",
         "norm": "rms",
+        "norm_eps": 1e-6,
         "hidden_act": "silu",
         "is_gated": True,
         "has_bias": False,

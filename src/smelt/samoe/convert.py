@@ -198,7 +198,7 @@ class _Freezer:
         if not value.isfinite().all():
             raise _damaged(self.checkpoint, name)
         layer.alpha = nn.Parameter(value, requires_grad=False)
-        return layer._spread_alpha()
+        return layer.spread_alpha()
 
     def _beta(self, index: int) -> float | None:
         if index not in self.layers or self.layers[index].beta is None:

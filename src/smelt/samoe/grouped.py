@@ -154,9 +154,9 @@ def _read_once(block: Tensor, matrix: Tensor) -> Tensor:
     oneDNN's product, which has no public name, helps everywhere.
     """
     rows, (outputs, inputs) = len(block), matrix.shape
-    if outputs > inputs and rows <= 4:
+    if outputs > inputs and rows <= 3:
         return torch.mm(matrix, (block if rows > 1 else block.repeat(2, 1)).T)[:, :rows].T
-    if rows > 1 and _one_dnn is not None:
+    if _one_dnn is not None:
         product: Tensor = _one_dnn(block, matrix, None, "none", [], "")
         return product
     return torch.mm(block, matrix.T)

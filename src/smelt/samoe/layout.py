@@ -23,14 +23,32 @@ SHARING = {
 
 
 class Sizes(Protocol):
-    """What the layout is made from."""
+    """The settings that layout and counts are made from; `SaMoEConfig` says what they mean."""
 
     sharing: str
     mix: str
+    alpha_scope: str
+    use_beta: bool
+    shared_router: bool
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int | None
+    moe_intermediate_size: int | None
     num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None
+    head_dim: int | None
     moe_every: int
     num_experts: int
+    num_experts_per_tok: int
     pool_size: int
+    norm: str
+    position_embedding: str
+    max_position_embeddings: int
+    is_gated: bool
+    has_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class SaMoELayer(nn.Module):
         pairs = dispatch(routing.__class__(routing.choice, weight, None), kept, self.num_experts)
         rows = mark(x_ND[pairs.token], done="dispatch", follows="experts")
         weights = self._weights(shared, x)
-        alpha = self._spread_alpha()
+        alpha = self.spread_alpha()
         y = pooled_experts(weights, rows, pairs.sizes, alpha, mix=self.mix, kept=self.kept)
         y = mark(y, done="experts", follows="dispatch")
         out = torch.zeros(B * T, D, dtype=x.dtype, device=x.device)
@@ -112,7 +112,7 @@ class SaMoELayer(nn.Module):
         weights: PoolWeights = cast(ExpertPool, self.pool)(compute_dtype(x))
         return weights
 
-    def _spread_alpha(self) -> Alpha | None:
+    def spread_alpha(self) -> Alpha | None:
         """α as one factor per matrix, expert and entry."""
         if self.alpha is None:
             return None

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from smelt.bench.decode import DecodeSettings, load, measure
+from smelt.bench.decode import DecodeSettings, measure
+from smelt.bench.subjects import load
 from smelt.study.rows import gather
 from smelt.study.settings import StudyRecipe
 from smelt.study.store import Store, evaluation_of, read, write
@@ -43,7 +44,12 @@ def measure_decode(
         settings = DecodeSettings(
             batches=batches, contexts=(context,), turns=turns, threads=threads
         )
-        subjects = [replace(load(str(store.run(cell)), settings), name=cell) for cell in cells]
+        subjects = [
+            replace(
+                load(str(store.run(cell)), dtype=settings.dtype, device=settings.device), name=cell
+            )
+            for cell in cells
+        ]
         decoded = measure(subjects, settings, progress)
         found["steps"] = [one for one in found["steps"] if one["checkpoint"] not in cells]
         for step in decoded.steps:
