@@ -286,11 +286,11 @@ def main() -> None:
         if options.only not in (None, part):
             continue
         chosen = QUICK if options.quick else {n: s for n, s in shapes.items() if options.shape in n}
-        result[part] = {"machine": machine(), "shapes": chosen}
         for name, shape in chosen.items():
-            result[part][name] = measure(shape)
-            report(name, result[part][name])
-    if not options.quick and not options.shape:
+            found = measure(shape)
+            report(name, found)
+            result[f"{part}, {name}"] = {"machine": machine(), "shape": shape, "models": found}
+    if not options.quick:
         save("training", result)
 
 

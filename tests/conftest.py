@@ -13,6 +13,7 @@ from pathlib import Path
 _CACHE = Path(tempfile.mkdtemp(prefix="smelt-tests-"))
 os.environ.update(
     HF_HOME=str(_CACHE),
+    SMELT_CACHE=str(_CACHE / "tokens"),
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

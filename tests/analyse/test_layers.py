@@ -136,6 +136,27 @@ def test_layers_with_the_same_experts_and_router_are_the_same_function(model, mi
     assert [apart["output_cosine"][i][i] for i in range(3)] == pytest.approx([1] * 3, abs=1e-5)
 
 
+def test_every_layer_runs_its_own_experts_on_every_layers_inputs(model, micro_batches):
+    net, (batch,) = model(sharing="groups"), micro_batches(1)
+    layers, inputs = net.model.moe_layers(), []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        net(input_ids=batch["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    pools = [net.model.pools[0](), net.model.pools[0](), None]  # layers 0 and 1 share
+    expected = OutputCosine()
+    with torch.no_grad():
+        for x in inputs:
+            made = [f(x, pool, None, None).output for f, pool in zip(layers, pools, strict=True)]
+            expected.add(torch.stack(made).flatten(1, 2))
+    found = torch.tensor(similarity(net, [batch])["output_cosine"])
+    torch.testing.assert_close(found.double(), expected.result(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_cosine_of_weights_is_that_of_the_mixed_down_projections(model):
     net = model(mix="weight", alpha_scope="expert", pool_size=3)
     layers, pool = net.model.moe_layers(), net.model.pools[0]()
@@ -178,6 +199,12 @@ def test_unrelated_routings_share_nothing():
     assert abs(corrected) < 0.005  # uncorrected: (8 − 1)² / (2 · 600 · log 8) = 0.02
     same, chance = found[0].same()
     assert same == pytest.approx(chance, abs=0.05) and chance == pytest.approx(1 / 8, abs=0.01)
+
+
+def test_a_table_counts_the_first_layer_in_rows_and_the_second_in_columns():
+    table = Contingency(2, 3)
+    table.add(torch.tensor([0, 1, 1, 1]), torch.tensor([2, 0, 0, 2]))
+    assert table.counts.tolist() == [[0, 0, 1], [2, 0, 1]]
 
 
 def test_information_is_symmetric_and_undefined_for_one_expert():

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from commands import make_source, smelt
-from smelt.analyse import drawing
+from commands import TEXT, make_source, smelt
+from smelt.analyse import drawing, page
 from smelt.analyse.curves import curves
 from smelt.analyse.draw_gradients import over_experts
 from smelt.analyse.drawing import TABLE
@@ -40,6 +40,14 @@ def test_variants_of_a_kind_are_told_apart_by_what_differs_and_no_more(ground, w
     assert labels == ["SaMoE · E=4 · D=16"] * 2 + ["SaMoE · E=4 · D=32", "SaMoE · E=8 · D=16"]
 
 
+def test_what_follows_from_an_architecture_is_not_named_beside_it(ground, write, tmp_path):
+    weight = write(tmp_path / "weight", ground, seed=0, mix="weight")
+    with (weight / "smelt" / "recipe.yaml").open("a") as recipe:
+        recipe.write("learning_rate: 0.5\n")  # searched for every variant
+    labels = [run.variant for run in open_runs([ground / "samoe" / "seed-0", weight])]
+    assert labels == ["SaMoE · mix=activation", "SaMoE · mix=weight"]
+
+
 def test_a_checkpoint_on_the_way_has_the_recipe_and_log_of_its_run(ground, tmp_path):
     run = shutil.copytree(ground / "ar", tmp_path / "run")
     step = run / "smelt" / "checkpoints" / "step-20"
@@ -62,6 +70,18 @@ def test_the_default_text_is_what_the_recipe_holds_out(ground):
     assert found.sha256 != other.sha256
     bare = Run(run.folder, run.name, {}, (), run.config)
     assert read_ground(bare, QUICK).sources == ("python:held-out",)
+
+
+def test_a_sequence_that_would_need_padding_is_not_looked_at(ground, tmp_path):
+    run = open_runs([ground / "ar"])[0]
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT * 3)
+    full, rest = divmod(len(run.tokenizer()(text.read_text()).input_ids) + 1, 32)
+    assert full > 2 and rest > 0
+    settings = QUICK.model_copy(update={"text": (str(text),), "micro_batches": full + 1})
+    with pytest.raises(CalibrationError, match=f"{full} sequences of 32"):
+        with pytest.warns(UserWarning, match="going on with them"):
+            read_ground(run, settings)
 
 
 def test_a_masked_model_is_looked_at_on_masked_tokens(ground, write, tmp_path, model):
@@ -149,14 +169,21 @@ def test_the_numbers_are_strict_json_and_those_that_were_returned(analysis):
 
 
 def test_the_page_needs_no_other_file_and_has_every_figure(analysis):
-    page = (analysis.folder / "index.html").read_text()
+    html = (analysis.folder / "index.html").read_text()
     assert len(analysis.figures) == len(TABLE) - 1  # no variant comes with several E
-    assert page.count("<svg") == len(analysis.figures)
+    assert html.count("<svg") == len(analysis.figures)
     for name in analysis.figures:
-        assert f'id="{name}"' in page
-        assert (analysis.folder / "figures" / f"{name}.svg").read_text() in page
-    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+        assert f'id="{name}"' in html
+        assert (analysis.folder / "figures" / f"{name}.svg").read_text() in html
+    links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("#", "data:")) for link in links)
+
+
+def test_the_page_says_when_runs_saw_other_tokens(analysis):
+    value = json.loads((analysis.folder / "analysis.json").read_text())
+    assert "Not all runs saw the same tokens" not in page.page(value, [])
+    value["runs"][0]["ground"]["text_sha256"] = "another"
+    assert "Not all runs saw the same tokens" in page.page(value, [])
 
 
 def test_figures_drawn_again_from_the_file_are_the_same(analysis, monkeypatch):
@@ -206,7 +233,8 @@ def test_without_matplotlib_numbers_are_written_and_the_lack_is_said(ground, tmp
         "analyse", ground / "ar", "--out", tmp_path / "o", "--micro-batches", 2, "--batch-size", 1
     )
     assert done.code == 0
-    assert "pip install 'smelt[report]'" in done.out
+    assert "pip install 'smelt[report]'" in done.err
+    assert "look at" in done.out and "analysis.json" in done.out
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["analysis.json"]
 
 

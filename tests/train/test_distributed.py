@@ -31,13 +31,14 @@ LOW = {
     "model": {
         "model_type": "samoe",
         "preset": "modern",
+        "sharing": "bottom",  # two layers share a pool, two have their own
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "num_experts": 4,
     },
 }
-"""bfloat16, micro-batches, recomputed activations, SwiGLU, top-2."""
+"""bfloat16, micro-batches, recomputed activations, shared and own experts, SwiGLU, top-2."""
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,12 @@ def test_the_pool_is_gathered_and_reduced_once_a_step_whatever_the_depth(togethe
         assert sum(step["gathered"]) == pytest.approx(step["predicted"][0], rel=0.03)
         assert sum(step["reduced"]) == pytest.approx(step["predicted"][1], rel=0.03)
     assert few["pool"] == many["pool"]
+
+
+def test_a_step_in_low_precision_sends_what_the_formula_says(together):
+    (shared, formula), (own, formula_own) = together["reports"][0]["low steps"]
+    assert shared == pytest.approx(formula, rel=0.03)
+    assert own == pytest.approx(formula_own, rel=0.03)
 
 
 def test_each_process_holds_its_half_of_the_pool_its_gradient_and_its_adam(together):

@@ -12,6 +12,7 @@ from smelt.errors import RecipeError
 from smelt.recipe import check_recipe
 from smelt.samoe.config import SaMoEConfig
 from smelt.samoe.model import SaMoEForCausalLM
+from smelt.samoe.moe import SaMoELayer
 from smelt.train import losses
 from smelt.train.optimiser import decayed
 from smelt.train.settings import TrainRecipe
@@ -129,9 +130,19 @@ def test_bfloat16_trains_float32_weights(samoe, run, read_log, tmp_path):
     assert all(value.dtype == torch.float32 for value in saved.values())
 
 
-def test_recomputing_activations_changes_no_loss(samoe, run, read_log, tmp_path):
-    run(samoe, steps=2, output=str(tmp_path / "less"), gradient_checkpointing=True)
+def test_recomputing_activations_changes_no_loss(samoe, run, read_log, tmp_path, monkeypatch):
+    original, calls = SaMoELayer.forward, []
+
+    def counting(layer, *arguments):
+        calls.append(torch.is_grad_enabled())
+        return original(layer, *arguments)
+
+    monkeypatch.setattr(SaMoELayer, "forward", counting)
     run(samoe, steps=2, output=str(tmp_path / "full"))
+    once = sum(calls)
+    calls.clear()
+    run(samoe, steps=2, output=str(tmp_path / "less"), gradient_checkpointing=True)
+    assert sum(calls) == 2 * once == 8  # two steps of two layers, run again in the backward
     assert read_log(tmp_path / "less", "nats") == read_log(tmp_path / "full", "nats")
 
 

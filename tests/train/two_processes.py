@@ -47,13 +47,23 @@ def run(name: str, stop: int | None = None, **changes: Any) -> list[float]:
     return told
 
 
-def samoe(num_hidden_layers: int) -> SaMoEForCausalLM:
+def samoe(num_hidden_layers: int, sharing: str = "pool") -> SaMoEForCausalLM:
     """A model whose experts, 5 of them, cannot be shared out equally."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_experts": 5, "vocab_size": 31}
     return SaMoEForCausalLM(
-        SaMoEConfig.from_preset("paper", **sizes, num_hidden_layers=num_hidden_layers)
+        SaMoEConfig.from_preset(
+            "paper", **sizes, num_hidden_layers=num_hidden_layers, sharing=sharing
+        )
     )
+
+
+def bytes_of_a_step(sharing: str) -> list[int]:
+    """Bytes that a process sends in a step in bfloat16: heard, and by the formula."""
+    model = distributed.build(lambda: samoe(4, sharing), is_low=True)
+    with Listening() as between, distributed.precision(model):
+        model(torch.arange(24).view(2, 12)).logits.float().square().mean().backward()
+    return [between.num_bytes // 2, scale.sent_per_step(model.config, 2)]
 
 
 class Listening(TorchDispatchMode):
@@ -62,13 +72,15 @@ class Listening(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.heard: dict[str, list[int]] = {"gathered": [], "reduced": []}
+        self.num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # both begin with the output and the input, flat
-        if "allgather" in func.name():
-            self.heard["gathered"].append(args[0].numel())
-        elif "reduce_scatter" in func.name():
-            self.heard["reduced"].append(args[1].numel())
+        for message, whole in (("allgather", 0), ("reduce_scatter", 1)):
+            if message in func.name():
+                name = "gathered" if whole == 0 else "reduced"
+                self.heard[name].append(args[whole].numel())
+                self.num_bytes += args[whole].nbytes
         return func(*args, **(kwargs or {}))
 
 
@@ -127,6 +139,7 @@ def all_of_it() -> None:
         "left to one": run("left", stop=STOP),
         "low": run("low", **json.loads((FOLDER / "low.json").read_text())),
         "steps": [one_step(layers) for layers in LAYERS],
+        "low steps": [bytes_of_a_step(sharing) for sharing in ("pool", "none")],
         "copied": copied(),
     }
     every: list[Any] = [None, None]

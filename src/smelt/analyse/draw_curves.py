@@ -76,7 +76,12 @@ def _draw(axis: "Axes", value: Value, read: Any) -> None:
         curve, own = read(one["curves"]), look[one["variant"]]
         sd = floats([s or 0.0 for s in curve["sd"]])
         if is_end_only:
-            bars = {"color": own.colour, "marker": own.marker, "capsize": 3, "linestyle": "none"}
+            bars: Any = {
+                "color": own.colour,
+                "marker": own.marker,
+                "capsize": 3,
+                "linestyle": "none",
+            }
             axis.errorbar([number], curve["mean"], yerr=sd, label=one["variant"], **bars)
             continue
         x = place(one) / scale

@@ -37,7 +37,8 @@ nav a { margin-right: 0.9rem; white-space: nowrap; }
 <p class="small">{{ runs|length }} run{{ "s" if runs|length > 1 }} of {{ table|length }}
 variant{{ "s" if table|length > 1 }}.{% if ground %} Gradients and similarities on
 {{ ground.micro_batches }} micro-batches of {{ ground.sequences_per_micro_batch }} ×
-{{ ground.sequence_length }} tokens of {{ ground.text|join(", ") }}.{% endif %}
+{{ ground.sequence_length }} tokens of {{ ground.text|join(", ") }}.{% if differ %}
+Not all runs saw the same tokens: their texts, tokenizers or lengths differ.{% endif %}{% endif %}
 Every number is in <code>analysis.json</code>; docs/analysis.md has the formulas.</p>
 <nav class="small">{% for one in figures %}<a href="#{{ one.name }}">{{ one.title }}</a>
 {% endfor %}</nav>
@@ -70,6 +71,7 @@ def page(value: dict[str, Any], figures: Sequence[Drawn]) -> str:
     return environment.from_string(TEMPLATE).render(
         runs=value["runs"],
         ground=grounds[0] if grounds else None,
+        differ=len({one["text_sha256"] for one in grounds}) > 1,
         figures=figures,
         columns=list(rows[0]),
         table=rows,

@@ -82,7 +82,6 @@ def measure(
     subjects = variants(subjects, settings.skip_alpha)
     cells = [(b, c) for b in settings.batches for c in settings.contexts]
     total, done = len(cells) * settings.turns, 0
-    records = []
     with _threads(settings.threads):
         roofline = Roofline(settings.dtype, settings.device, settings.batches)
         measured = []
@@ -102,6 +101,8 @@ def measure(
                 one.cache = None
             measured += cell
         records = [one.record(roofline) for one in measured]
+    for subject in subjects:
+        _skip(subject.model, 0.0)
     return Decoded(records, roofline.wall, roofline.processor, machine(settings.threads))
 
 
@@ -156,8 +157,7 @@ class _Cell:
 
     def _choose(self) -> None:
         """Let the model run the entries of this subject: several subjects can share a model."""
-        if isinstance(self.subject.model, SaMoEForCausalLM):
-            self.subject.model.skip_entries(self.subject.threshold or 0.0)
+        _skip(self.subject.model, self.subject.threshold or 0.0)
 
     def _step(self, tokens: Tensor) -> None:
         self._forward(tokens)
@@ -220,6 +220,11 @@ class _Cell:
             "floor_by_part_ms": experts + other,
             "reads_from": "cache" if bandwidth == rates.cache else "memory",
         }
+
+
+def _skip(model: PreTrainedModel, threshold: float) -> None:
+    if isinstance(model, SaMoEForCausalLM):
+        model.skip_entries(threshold)
 
 
 def _filled(model: PreTrainedModel, ids: Tensor, batch: int) -> DynamicCache:

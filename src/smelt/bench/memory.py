@@ -48,7 +48,8 @@ def training_memory(config: SaMoEConfig, num_tokens: int) -> TrainingMemory:
     moments = [fixed + sum(blocks) + end + 3 * logits]
     for index, kept in enumerate(accumulate(blocks)):  # while the backward is in this block
         moments.append(fixed + kept + _passing(config, index, N) + _gradients(config, index))
-    moments.append(fixed + params + table)  # the embedding's own gradient joins the head's
+    # the gradient of tied embeddings is the sum of two, and all three are there for a while
+    moments.append(fixed + params + (2 * table if config.tie_word_embeddings else 0))
     return TrainingMemory(
         experts=_FLOAT * 4 * experts,
         others=_FLOAT * 4 * (params - experts),
@@ -128,8 +129,6 @@ def _gradients(config: SaMoEConfig, index: int) -> int:
     passed = [layer for layer in layout.layers if layer.block >= index]
     used = {layer.group for layer in passed}
     values = config.vocab_size * config.hidden_size + sum(experts[group] for group in used)
-    if layout.is_mixed and config.mix == "weight" and passed:
-        values += passed[0].experts * one
     return values + each * (config.num_hidden_layers - index)
 
 
@@ -142,8 +141,11 @@ def _passing(config: SaMoEConfig, index: int, N: int) -> int:
     if not own:
         return N * cast(int, config.intermediate_size)
     group = layout.groups[own[0].group]
+    matrix = config.hidden_size * cast(int, config.moe_intermediate_size)
+    half = group.entries * group.experts * matrix  # of the experts' gradient: up, or down
     values = config.num_experts_per_tok * N * _width(config)
     if any(layer.block > index and layer.group == own[0].group for layer in layout.layers):
-        matrix = config.hidden_size * cast(int, config.moe_intermediate_size)
-        values += group.entries * group.experts * matrix
+        values += half
+    elif layout.is_mixed and config.mix == "weight":
+        values -= half  # mixed weights are let go before the second half comes
     return values

@@ -100,10 +100,12 @@ def variants(subjects: Sequence[Subject], thresholds: Sequence[float]) -> list[S
         model = subject.model
         if not isinstance(model, SaMoEForCausalLM) or not model.config.layout.is_mixed:
             continue
-        for threshold in thresholds:
-            kept = tuple(len(entries) for entries in model.skip_entries(threshold))
-            found.append(Subject(subject.name, model, subject.cost, threshold, kept))
-        model.skip_entries(0.0)
+        try:
+            for threshold in thresholds:
+                kept = tuple(len(entries) for entries in model.skip_entries(threshold))
+                found.append(Subject(subject.name, model, subject.cost, threshold, kept))
+        finally:
+            model.skip_entries(0.0)
     if thresholds and len(found) == len(subjects):
         raise RecipeError(
             "--skip-alpha: none of these checkpoints has pool entries to leave out. Give a SaMoE "

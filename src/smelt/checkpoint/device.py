@@ -1,4 +1,7 @@
-"""The device that blocks run on, by name."""
+"""The device that blocks run on, by name, and the memory they leave behind."""
+
+import contextlib
+import ctypes
 
 import torch
 
@@ -24,3 +27,13 @@ def check_device(name: str) -> torch.device:
             f"device = {name!r}: there is no such GPU ({reason}). Here are: {', '.join(here)}."
         )
     return device
+
+
+def give_memory_back() -> None:
+    """Have malloc return what freed activations of many sizes left in it.
+
+    Some 300 MB after a calibration; 2 GB after 700 training steps of a small MoE, whose experts have
+    other numbers of rows at every step. glibc only; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

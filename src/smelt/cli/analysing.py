@@ -69,6 +69,5 @@ def _report(found: "Analysis") -> str:
 
     lines = [markdown(table(found.value))]
     lines += [f"Left out: {line}" for line in left_out(found.value)]
-    lines += [] if found.missing is None else [found.missing]
     page = found.folder / ("index.html" if found.missing is None else "analysis.json")
     return "\n".join([*lines, f"Written to {found.folder}; look at {page}"])

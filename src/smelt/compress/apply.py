@@ -4,8 +4,6 @@ One block is in memory at a time. Applying a plan twice gives the same bytes, an
 on where it stopped and gives the same bytes too.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.bind import MoeLayer, read_bank, write_bank
+from smelt.checkpoint.device import give_memory_back
 from smelt.checkpoint.sink import Sink, encode
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.align import Aligner, activation_cost, weight_cost
@@ -193,7 +192,7 @@ def apply(
     sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
     stages = stage_names(checkpoint)
     count = len(stages)
-    _give_memory_back()
+    give_memory_back()
     with Aligner(workers) as aligner:
         compressor = Compressor(checkpoint, facts, plan, aligner)
         for index, stage in enumerate(stages):
@@ -202,15 +201,6 @@ def apply(
             if progress:
                 progress(stage or "the rest", index + 1, count)
     return finish(sink, checkpoint, facts, plan, count, documents or {})
-
-
-def _give_memory_back() -> None:
-    """Have malloc return what a calibration left in it: some 300 MB of freed activations.
-
-    glibc only. Elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _compressed(

@@ -78,9 +78,13 @@ class SaMoELayer(nn.Module):
         kept = self._kept_choices(routing.choice.view(B, T, -1), real)
         pairs = dispatch(routing.__class__(routing.choice, weight, None), kept, self.num_experts)
         rows = mark(x_ND[pairs.token], done="dispatch", follows="experts")
-        weights = self._weights(shared, x)
-        alpha = self.spread_alpha()
-        y = pooled_experts(weights, rows, pairs.sizes, alpha, mix=self.mix, kept=self.kept)
+        alpha, mix, skipped = self.spread_alpha(), self.mix, self.kept
+        if shared is None:
+            run = cast(ExpertPool, self.pool).run
+            y = run(rows, pairs.sizes, alpha, mix=mix, kept=skipped, dtype=compute_dtype(x))
+        else:
+            weights = shared.first_experts(self.num_experts)
+            y = pooled_experts(weights, rows, pairs.sizes, alpha, mix=mix, kept=skipped)
         y = mark(y, done="experts", follows="dispatch")
         out = torch.zeros(B * T, D, dtype=x.dtype, device=x.device)
         out = out.index_add(0, pairs.token, (y * pairs.weight[:, None]).to(out.dtype))
@@ -105,12 +109,6 @@ class SaMoELayer(nn.Module):
         if real is None:
             return torch.tensor(1 - kept / (num_tokens * self.num_choices), device=device)
         return 1 - kept / (real.sum().clamp(min=1) * self.num_choices).float()
-
-    def _weights(self, shared: PoolWeights | None, x: Tensor) -> PoolWeights:
-        if shared is not None:
-            return shared.first_experts(self.num_experts)
-        weights: PoolWeights = cast(ExpertPool, self.pool)(compute_dtype(x))
-        return weights
 
     def spread_alpha(self) -> Alpha | None:
         """α as one factor per matrix, expert and entry."""

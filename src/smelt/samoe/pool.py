@@ -135,6 +135,22 @@ class ExpertPool(nn.Module):
             self.activation,
         )
 
+    def run(
+        self,
+        x: Float[Tensor, "R D"],
+        sizes: Int[Tensor, " E"],
+        alpha: Alpha | None,
+        *,
+        mix: Literal["activation", "weight"],
+        kept: tuple[int, ...] | None,
+        dtype: torch.dtype | None,
+    ) -> Float[Tensor, "R D"]:
+        """`pooled_experts` of a pool that one layer owns.
+
+        A method of its own because the weights of a divided model are there within it only.
+        """
+        return pooled_experts(self.forward(dtype), x, sizes, alpha, mix=mix, kept=kept)
+
 
 def pooled_experts(
     weights: PoolWeights,

@@ -14,9 +14,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
@@ -62,7 +68,16 @@ def build(make: Callable[[], PreTrainedModel], *, is_low: bool) -> PreTrainedMod
 
 
 def divide(model: PreTrainedModel, *, is_low: bool = False) -> None:
-    """Divide the parameters of a model among all processes, in place."""
+    """Divide the parameters of a model among all processes, in place.
+
+    Raises:
+        RecipeError: this transformers cannot train such a model.
+    """
+    if not hasattr(model, "is_distributed_loading_by_transformers"):
+        raise RecipeError(
+            f"transformers {transformers.__version__} cannot train a model that is divided among "
+            "processes. Install 5.23 or later, or start one process."
+        )
     scalars = [name for name, parameter in model.named_parameters() if parameter.ndim == 0]
     for path in scalars:  # FSDP2 takes none: they become vectors of one
         parent, _, name = path.rpartition(".")
@@ -79,6 +94,8 @@ def divide(model: PreTrainedModel, *, is_low: bool = False) -> None:
         for module in model.modules():
             if isinstance(module, Attention | DenseMLP | ExpertPool):
                 _divide(module, mesh, mp_policy=low, reshard_after_forward=id(module) not in shared)
+            if isinstance(module, ExpertPool) and id(module) not in shared:
+                register_fsdp_forward_method(module, "run")
     names = set(model._no_split_modules or ())
     for module in [m for m in model.modules() if type(m).__name__ in names]:
         _divide(module, mesh, reshard_after_forward=True)
@@ -233,56 +250,6 @@ def round_to(model: nn.Module, dtype: torch.dtype) -> None:
     for tensor in [*model.parameters(), *(buffer for _, buffer in _saved_buffers(model))]:
         if tensor.is_floating_point():
             part(tensor).copy_(part(tensor).to(dtype))
-
-
-# --- the optimizer -------------------------------------------------------------------------------
-
-
-def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
-    """The optimizer's `state_dict` with whole tensors, in the first process; None in the others.
-
-    It is what the optimizer of one process would save. All processes ask together.
-    """
-    found = optimizer.state_dict()
-    state: dict[int, dict[str, Any]] = {}
-    for index, values in found["state"].items():
-        full = {name: whole(value) for name, value in values.items()}
-        if processes.is_first():
-            state[index] = {name: value.cpu() for name, value in full.items()}
-    return {**found, "state": state} if processes.is_first() else None
-
-
-def restore_state(optimizer: torch.optim.Optimizer, whole_state: dict[str, Any] | None) -> None:
-    """Go on from a `whole_state`, or from one that a single process saved.
-
-    Args:
-        optimizer: of the divided model.
-        whole_state: in the first process.
-    """
-    skeleton: list[Any] = [None]
-    if whole_state is not None:
-        shapes = {
-            index: {name: value if value.ndim == 0 else None for name, value in values.items()}
-            for index, values in whole_state["state"].items()
-        }
-        skeleton = [{"state": shapes, "param_groups": whole_state["param_groups"]}]
-    dist.broadcast_object_list(skeleton, 0, device=torch.device("cpu"))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = skeleton[0]["state"]
-    for index, values in state.items():
-        parameter = cast(DTensor, parameters[index])
-        for name in values:
-            if name == "step":
-                continue
-            full = torch.empty(parameter.shape)
-            if whole_state is not None:
-                full = whole_state["state"][index][name].reshape(parameter.shape)
-            values[name] = distribute_tensor(
-                full.to(parameter.device, parameter.dtype),
-                parameter.device_mesh,
-                parameter.placements,
-            )
-    optimizer.load_state_dict(skeleton[0])
 
 
 def check_batch(batch_size: int, accumulate: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from smelt.checkpoint.device import give_memory_back
 from smelt.train import processes
 from smelt.train.checkpoints import save_weights
 from smelt.train.measure import HeldOut, measure
@@ -59,6 +60,8 @@ class Watch(TrainerCallback):
             self.on_step(step, recipe.steps, trainer.last_nats)
         if step % recipe.log_every == 0:
             control.should_log = True
+        if step % 10 == 0:
+            give_memory_back()
         with trainer.clock.pause():
             if step % recipe.evaluate_every == 0:
                 self._evaluate(step)

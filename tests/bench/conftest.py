@@ -1,0 +1,12 @@
+"""A machine of a small cache and small matrices: its rates are measured in a blink."""
+
+import pytest
+
+from smelt.bench import decode, roofline
+
+
+@pytest.fixture
+def small_cache(monkeypatch):
+    for module in (roofline, decode):
+        monkeypatch.setattr(module, "last_cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(roofline, "SHAPES", {"cpu": ((128, 64), (64, 128))})

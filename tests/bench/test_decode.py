@@ -1,0 +1,255 @@
+"""Laws of measuring decode steps: what is timed, what is counted, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from commands import smelt
+from samoe.tiny import build, tiny
+from smelt.bench import decode
+from smelt.bench.decode import DecodeSettings, measure
+from smelt.bench.roofline import Rates, Roofline
+from smelt.bench.subjects import Subject, load
+from smelt.bench.traffic import SaMoECost, Work
+from smelt.errors import CheckpointError, RecipeError
+
+pytestmark = pytest.mark.usefixtures("small_cache")
+
+CPU = torch.device("cpu")
+QUICK = DecodeSettings(batches=(3,), contexts=(4,), turns=2, steps=2)
+
+
+def subject(name="a", seed=0, **fields):
+    model = build(tiny(**fields), seed=seed)
+    return Subject(name, model, SaMoECost(model.config))
+
+
+def cell(one=None, settings=QUICK, batch=3, context=4):
+    return decode._Cell(one or subject(), batch, context, settings)
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [0, 4])
+@pytest.mark.parametrize("batch", [2, 11])
+def test_every_step_begins_at_the_same_cache(batch, context):
+    with torch.inference_mode():
+        one = cell(batch=batch, context=context)
+        lengths, model = [], one.subject.model
+        real = model.forward
+
+        def forward(ids, **kwargs):
+            lengths.append((len(ids), kwargs["past_key_values"].get_seq_length()))
+            return real(ids, **kwargs)
+
+        model.forward = forward
+        one.count()
+        one.turn()
+    assert lengths == [(batch, context)] * 6
+    assert one.cache.get_seq_length() == context
+
+
+def test_a_step_is_the_next_token_after_the_context():
+    one = cell()
+    model, ids = one.subject.model, None
+    real = decode._filled
+
+    def filled(model, given, batch):
+        nonlocal ids
+        ids = given
+        return real(model, given, batch)
+
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(decode, "_filled", filled)
+        one = cell(one.subject)
+        step = model(one.tokens[1], past_key_values=one.cache, use_cache=True).logits[:, -1]
+        whole = model(torch.cat([ids, one.tokens[1]], 1), use_cache=False).logits[:, -1]
+    torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_and_steps_have_tokens_of_their_own():
+    tokens = cell(batch=8, settings=replace(QUICK, steps=4)).tokens
+    assert len({tuple(step.flatten().tolist()) for step in tokens}) == 5
+    assert all(len(step.unique()) > 4 for step in tokens)
+
+
+def test_models_take_turns(monkeypatch):
+    order = []
+    monkeypatch.setattr(decode._Cell, "turn", lambda cell: order.append(cell.subject.name))
+    monkeypatch.setattr(decode._Cell, "record", lambda cell, roofline: None)
+    measure([subject("a"), subject("b")], replace(QUICK, contexts=(0, 2)))
+    assert order == ["a", "b"] * 4
+
+
+@pytest.mark.parametrize("fields", [{}, {"shared_router": True}, {"sharing": "union"}])
+def test_the_experts_counted_are_those_that_the_timed_tokens_reach(fields):
+    with torch.inference_mode():
+        one = cell(subject(num_experts_per_tok=2, **fields))
+        one.count()
+        model, expected = one.subject.model, [0.0, 0.0]
+        for tokens in one.tokens[1:]:
+            out = model(tokens, past_key_values=one.cache, output_router_logits=True)
+            one.cache.crop(-1)
+            for layer, logits in enumerate(out.router_logits):
+                reached = {e for row in logits for e in row.topk(2).indices.tolist()}
+                expected[layer] += len(reached) / 2
+    assert one.hit == expected
+
+
+# --- records -------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_together():
+    found = measure([subject()], replace(QUICK, batches=(1, 3)))
+    first, second = found.steps
+    assert (first.batch, second.batch, first.threads, first.dtype) == (1, 3, 1, "float32")
+    for step in found.steps:
+        assert 0 < step.ms <= step.ms_median
+        assert step.floor_ms == max(step.byte_floor_ms, step.flop_floor_ms)
+        assert step.floor_ms <= step.floor_by_part_ms * (1 + 1e-9)
+        assert step.ratio == pytest.approx(step.ms / step.floor_ms)
+        rate = step.bytes_read / step.ms / 1e6
+        assert step.gigabytes_per_second == pytest.approx(rate)
+        assert sum(step.distinct_experts) <= 2 * step.batch
+    assert first.bytes_predicted == pytest.approx(first.bytes_read)  # one token: K experts
+
+
+def test_the_cache_feeds_a_step_only_if_all_weights_fit_half_of_it():
+    rates = Rates(memory=1e6, cache=1e9, flops={3: 1e30})
+    one = cell()
+    for resident, place in ((1 << 16, "cache"), (1 << 18, "memory")):  # values of 4 bytes; 1 MiB
+        work = Work(1e3, 1e3, 1e3, 1e3, resident)
+        found = one._floors(work, rates)
+        assert found["reads_from"] == place
+        speed = rates.cache if place == "cache" else rates.memory
+        assert found["floor_ms"] == pytest.approx(8e3 / speed * 1e3)
+
+
+def test_rates_are_the_best_of_all_turns(monkeypatch):
+    roofline = Roofline(torch.float32, CPU, [1, 4])
+    found = iter([(3.0, 2.0)] * 100)
+    monkeypatch.setattr(Roofline, "_rates", lambda self, amount, job: next(found))
+    roofline.turn()
+    found = iter([(1.0, 5.0)] * 100)
+    roofline.turn()
+    assert roofline.wall == Rates(3.0, 3.0, {1: 3.0, 4: 3.0})
+    assert roofline.processor == Rates(5.0, 5.0, {1: 5.0, 4: 5.0})
+
+
+# --- leaving entries out -------------------------------------------------------------------------
+
+
+def with_alpha(one, values):
+    for layer, row in zip(one.model.model.moe_layers(), values, strict=True):
+        layer.alpha.data.copy_(torch.tensor(row))
+    return one
+
+
+def test_a_samoe_model_is_measured_with_and_without_its_small_entries():
+    one = with_alpha(subject("a"), [[1.0, 0.1], [0.5, -0.9]])
+    settings = replace(QUICK, skip_alpha=(0.2, 0.6))
+    found = measure([one, subject("b", sharing="none")], settings).steps
+    assert [(s.checkpoint, s.skip_alpha, s.kept_entries) for s in found] == [
+        ("a", None, None),
+        ("a", 0.2, (1, 2)),
+        ("a", 0.6, (1, 1)),
+        ("b", None, None),
+    ]
+    assert found[0].bytes_read > found[1].bytes_read > found[2].bytes_read
+    assert found[0].flops > found[1].flops > found[2].flops
+    assert all(layer.kept is None for layer in one.model.model.moe_layers())
+
+
+def test_a_threshold_that_empties_a_layer_is_refused():
+    one = with_alpha(subject(), [[1.0, 0.1], [0.5, 0.4]])
+    with pytest.raises(RecipeError, match="empties MoE layer 1"):
+        measure([one], replace(QUICK, skip_alpha=(0.2, 0.6)))
+    assert all(layer.kept is None for layer in one.model.model.moe_layers())
+
+
+def test_leaving_out_entries_needs_a_model_that_has_some():
+    with pytest.raises(RecipeError, match="none of these checkpoints has pool entries"):
+        measure([subject(sharing="none")], replace(QUICK, skip_alpha=(0.1,)))
+
+
+# --- checkpoints and the command -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "small"
+    build(tiny()).save_pretrained(path)
+    return path
+
+
+def test_a_loaded_model_is_the_checkpoint_in_memory(folder):
+    found = load(str(folder), dtype=torch.float32, device=CPU)
+    expected = build(tiny()).state_dict()
+    assert found.name == "small" and not found.model.training
+    for name, value in found.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    low = load(str(folder), dtype=torch.bfloat16, device=CPU)
+    assert {p.dtype for p in low.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_family_that_smelt_does_not_know_is_timed_alone(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
+    one = load(str(tmp_path / "dense"), dtype=torch.float32, device=CPU)
+    (step,) = measure([one], QUICK).steps
+    assert one.cost is None and step.ms > 0 and step.ratio is None
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    from checkpoints import save
+
+    save("switch_transformers", tmp_path / "m")
+    with pytest.raises(CheckpointError, match="an encoder–decoder"):
+        load(str(tmp_path / "m"), dtype=torch.float32, device=CPU)
+
+
+def test_the_command_prints_what_it_saves(folder, tmp_path):
+    words = ("--batch", "1,2", "--context", "0,3", "--repeats", 1, "--seed", 3)
+    out = tmp_path / "decode.json"
+    done = smelt("bench", "decode", folder, folder, *words, "-o", out, "--json")
+    assert done.code == 0, done.err
+    saved = json.loads(out.read_text())
+    assert saved["steps"] == done.json["steps"]
+    assert [(s["checkpoint"], s["batch"], s["context"]) for s in saved["steps"]] == [
+        (str(folder), batch, context) for batch in (1, 2) for context in (0, 3) for _ in range(2)
+    ]
+    assert saved["machine"]["threads"] == 1 and saved["rates"]["memory"] > 0
+
+
+def test_the_table_says_dtype_device_and_threads(folder):
+    words = ("--batch", 1, "--context", 0, "--repeats", 1, "--dtype", "bfloat16")
+    done = smelt("bench", "decode", folder, *words)
+    assert done.code == 0, done.err
+    assert "bfloat16 on cpu, 1 thread" in done.out and "÷ floor" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--batch", "0"), "--batch 0: it is at least 1"),
+        (("--batch", "1,x"), "whole numbers with commas"),
+        (("--context", "-1"), "--context -1: it is at least 0"),
+        (("--context", "32"), "small has 32 positions"),
+        (("--repeats", "0"), "--repeats 0: it is at least 1"),
+        (("--dtype", "int8"), "--dtype int8: it is one of float32"),
+        (("--dtype", "float16"), "on a CPU it is float32 or bfloat16"),
+        (("--skip-alpha", "9", "--context", "0"), "empties MoE layer 0"),
+        (("--device", "cuda:7"), "no such GPU"),
+        (("--output", "here.json"), "here.json: exists"),
+    ],
+)
+def test_bad_input_is_named(folder, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.json").write_text("")
+    done = smelt("bench", "decode", folder, *words)
+    assert done.code == 2 and message in done.err and not done.out
