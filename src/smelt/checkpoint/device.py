@@ -32,8 +32,8 @@ def check_device(name: str) -> torch.device:
 def give_memory_back() -> None:
     """Have malloc return what freed activations of many sizes left in it.
 
-    Some 300 MB after a calibration; 2 GB after 700 training steps of a small MoE, whose experts have
-    other numbers of rows at every step. glibc only; elsewhere nothing happens.
+    Some 300 MB after a calibration; 2 GB after 700 training steps of a small MoE, whose experts
+    have other numbers of rows at every step. glibc only; elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
