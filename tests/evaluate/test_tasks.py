@@ -447,7 +447,9 @@ def test_a_file_of_something_else_is_refused(write, lines, words):
 
 
 @pytest.mark.parametrize(
-    "content", [b"plain", gzip.compress(b"x" * 9999)[:-9], gzip.compress(b"\xff")]
+    "content",
+    [b"plain", gzip.compress(b"x" * 9999)[:-9], gzip.compress(b"\xff")],
+    ids=["no gzip", "cut short", "not UTF-8"],  # the bytes hold the time, and differ by process
 )
 def test_a_damaged_file_is_refused(write, content):
     write("copa", []).write_bytes(content)
