@@ -66,6 +66,9 @@ def decode(
     batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
     if output is not None and output.exists():
         raise RecipeError(f"{output}: exists. smelt overwrites nothing: name another file.")
+    from transformers import logging
+
+    logging.disable_progress_bar()  # transformers' own bars: ours say enough
     from smelt.bench import decode as measuring
     from smelt.bench.records import save
     from smelt.bench.subjects import load, parse_dtype
