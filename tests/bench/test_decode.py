@@ -13,6 +13,7 @@ from smelt.bench.decode import DecodeSettings, measure
 from smelt.bench.roofline import Rates, Roofline
 from smelt.bench.subjects import Subject, load
 from smelt.bench.traffic import SaMoECost, Work
+from smelt.cli.benching import _names
 from smelt.errors import CheckpointError, RecipeError
 
 pytestmark = pytest.mark.usefixtures("small_cache")
@@ -224,6 +225,12 @@ def test_the_command_prints_what_it_saves(folder, tmp_path):
         (str(folder), batch, context) for batch in (1, 2) for context in (0, 3) for _ in range(2)
     ]
     assert saved["machine"]["threads"] == 1 and saved["rates"]["memory"] > 0
+
+
+def test_checkpoints_are_named_by_what_tells_them_apart():
+    assert _names(["/x/a"]) == ["a"]
+    assert _names(["/x/a/seed-0", "/x/b/seed-0"]) == ["a/seed-0", "b/seed-0"]
+    assert _names(["/x/a", "/x/a"]) == ["/x/a", "/x/a"]
 
 
 def test_the_table_says_dtype_device_and_threads(folder):

@@ -34,7 +34,9 @@ def decode(
     context: Annotated[str, typer.Option("--context", help="Tokens in the cache.")] = "0,512",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16 [float32; on a GPU bfloat16]."),
+        typer.Option(
+            "--dtype", help="float32 (the default on a CPU), bfloat16 (on a GPU) or float16."
+        ),
     ] = None,
     skip_alpha: Annotated[
         list[float] | None,
@@ -90,14 +92,23 @@ def decode(
         load(one, dtype=settings.dtype, device=chosen, trust_remote_code=trust_remote_code)
         for one in checkpoints
     ]
-    if len({subject.name for subject in subjects}) < len(subjects):
-        subjects = [replace(s, name=one) for s, one in zip(subjects, checkpoints, strict=True)]
+    subjects = [replace(s, name=n) for s, n in zip(subjects, _names(checkpoints), strict=True)]
     with screen.watching() as stages:
         found = measuring.measure(subjects, settings, stages("decoding"))
     value = found.to_dict()
     if output is not None:
         save(found, output)
     screen.result(value | {"seconds": screen.seconds}, _report(found, settings, output))
+
+
+def _names(sources: list[str]) -> list[str]:
+    """The shortest ends of the paths that differ: b, or a/seed-0 where there is c/seed-0 too."""
+    parts = [Path(source).expanduser().resolve().parts for source in sources]
+    for length in range(1, max(map(len, parts))):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    return sources
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

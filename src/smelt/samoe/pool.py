@@ -183,7 +183,7 @@ def pooled_experts(
     if len(entries) == weights.entries:
         return _run(weights, x, sizes, alpha)
     parts = [_run(weights.entry(c), x, sizes, _of_entry(alpha, c)) for c in entries]
-    return torch.stack(parts).sum(0)
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def mixed(weights: PoolWeights, alpha: Alpha, entries: tuple[int, ...]) -> PoolWeights:
