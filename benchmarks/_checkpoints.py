@@ -43,7 +43,9 @@ def write_checkpoint(folder: Path, fields: Mapping[str, Any], dtype: str, seed: 
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config.architectures = [cls.__name__]
     config.save_pretrained(folder)
-    _write_tokenizer(folder, int(fields["vocab_size"]))
+    _write_tokenizer(
+        folder, int(fields["vocab_size"]), num_sentinels=16 * config.is_encoder_decoder
+    )
     return folder
 
 
@@ -72,9 +74,15 @@ def _on_disk(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Te
     return dict(revert_weight_conversion(model, tensors))
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def _write_tokenizer(folder: Path, vocab_size: int, num_sentinels: int) -> None:
     """The embedded checkpoint's tokenizer where there is one that fits, else one made now."""
     found = EMBEDDED / "tokenizer.json"
+    if num_sentinels:
+        fitted = train_tokenizer(
+            [parse_source("python")], vocab_size=1024, num_sentinels=num_sentinels
+        )
+        fitted.save_pretrained(folder)
+        return
     if found.is_file() and len(json.loads(found.read_text())["model"]["vocab"]) <= vocab_size:
         for file in EMBEDDED.glob("*token*"):
             shutil.copyfile(file, folder / file.name)
@@ -120,6 +128,27 @@ def mixtral(**changes: Any) -> dict[str, Any]:
         "intermediate_size": 14_336,
         "sliding_window": None,
         "tie_word_embeddings": False,
+        **changes,
+    }
+
+
+def switch(**changes: Any) -> dict[str, Any]:
+    """switch-base-32: twelve blocks on each side, every second one with 32 experts."""
+    return {
+        "model_type": "switch_transformers",
+        "vocab_size": 32_128,
+        "d_model": 768,
+        "d_ff": 3072,
+        "d_kv": 64,
+        "num_heads": 12,
+        "num_layers": 12,
+        "num_decoder_layers": 12,
+        "num_sparse_encoder_layers": 6,
+        "num_sparse_decoder_layers": 6,
+        "num_experts": 32,
+        "feed_forward_proj": "relu",
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": True,
         **changes,
     }
 

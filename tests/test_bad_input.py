@@ -322,7 +322,6 @@ def test_a_count_that_group_limited_routing_cannot_hold(tmp_path, text):
 
 
 def test_a_form_that_the_method_cannot_have(good, text):
-    refused(compress(good, text, "--method", "reap", "--form", "mapped"), "only the stock form")
     refused(compress(good, text, "--set", "budget=global"), "stock form", "mapped")
     refused(compress(good, text, "--form", "zip"), "form")
 

@@ -82,7 +82,10 @@ def combine(bank: ExpertBank, coef: Float[Tensor, "M E"]) -> ExpertBank:
 
 
 def permute_hidden(bank: ExpertBank, order: Int[Tensor, "E F"]) -> ExpertBank:
-    """The same functions, hidden units reordered: new unit j of expert e is unit order[e, j]."""
+    """The same functions, hidden units reordered: new unit j of expert e is unit order[e, j].
+
+    An order that names fewer units leaves the others out.
+    """
 
     def reorder(name: str, tensor: Tensor) -> Tensor:
         if name not in HIDDEN_AXIS:

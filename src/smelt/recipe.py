@@ -145,17 +145,60 @@ def _settings_of(annotation: Any) -> Iterator[type[Settings]]:
             yield from _settings_of(part)
 
 
+class CalibrationTask(Settings):
+    """Training examples of a benchmark (docs/tasks.md) to calibrate on: encoder–decoders only."""
+
+    name: str
+    limit: int | None = Field(default=1024, ge=1)  # examples, drawn by the seed; None: all
+    max_input: int | None = Field(default=None, ge=16)  # tokens; None: the task's own
+    max_target: int | None = Field(default=None, ge=2)
+
+
 class CalibrationRecipe(Settings):
     """Which text the routing statistics are taken from, and how much of it."""
 
     text: tuple[str, ...] = ("python",)
+    task: CalibrationTask | None = None  # its examples instead of text: inputs read, targets said
     num_tokens: int = Field(default=65_536, ge=1)
     sequence_length: int = Field(default=512, ge=2)
     batch_size: int = Field(default=8, ge=1)
     seed: int = 0
     chat_template: bool = False
     sample_tokens: int = Field(default=4_096, ge=1)  # inputs kept for refits and layer errors
-    input_gram: bool = False  # the dearest statistic: D×D per layer
+    input_gram: bool = False  # the dearest statistic in one pass: D×D per layer
+    gradients: bool = False  # a backward pass, with the whole model in memory
+
+
+class DecomposeRecipe(Settings):
+    """Every expert of the compressed layers as low rank and a few whole rows: W ≈ U V + S.
+
+    Ranks: fixed (`rank`, 32 where nothing is said), the least that keep a share of the spectrum
+    (`energy`), or what fits into a share of the merged experts' bytes (`size`).
+    """
+
+    rank: int | None = Field(default=None, ge=1)
+    energy: float | None = Field(default=None, gt=0, le=1)  # of Σσ², for each matrix of a layer
+    size: float | None = Field(default=None, gt=0, lt=1)  # of the bytes, rows of S among them
+    across: Literal["model", "layer"] = "model"  # one budget for all layers, or one for each
+    keep: float = Field(default=0.1, ge=0, le=1)  # share of the entries of S
+    svd: Literal["data-aware", "plain"] = "data-aware"
+    rows: Literal["output", "norm"] = "output"  # which rows stay: by their output, their entries
+    threshold: Literal["model", "layer"] = "model"  # one for all rows of S, or one for each layer
+    ridge: float = Field(default=1e-2, gt=0)  # of the Grams, by their mean diagonal
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Self:
+        given = [n for n in ("rank", "energy", "size") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"set one of rank, energy and size, not {' and '.join(given)}")
+        return self
+
+    @property
+    def fixed_rank(self) -> int | None:
+        """The rank of every matrix, where neither energy nor a budget chooses it."""
+        if self.energy is not None or self.size is not None:
+            return None
+        return self.rank or 32
 
 
 DEFAULT_METHODS = {"stock": "reap", "mapped": "m-smoe-saliency", "expanded": "m-smoe-saliency"}
@@ -177,8 +220,10 @@ class CompressRecipe(Settings):
     similarity: str | None = None
     budget: Literal["uniform", "global"] | None = None
     align: Literal["weights", "activations", "none"] | None = None
-    reference: Literal["dominant", "first"] | None = None
+    reference: Literal["dominant", "first", "others"] | None = None
     weights: str | None = None
+    rule: str | None = None  # sum, fisher, regmean, zipit
+    repair: bool | None = None
     router: str | None = None
     experts: int | None = Field(default=None, ge=1)  # kept per layer, on average
     keep: float | None = Field(default=None, gt=0, le=1)  # or the share of them
@@ -187,6 +232,8 @@ class CompressRecipe(Settings):
     min_per_layer: int = Field(default=2, ge=1)
     strict: bool = False
     sequential: bool = False
+    decompose: DecomposeRecipe | None = None  # the mapped form only
+    hidden_units: int | None = Field(default=None, ge=1)  # F kept in every expert; stock form only
     calibration: CalibrationRecipe = CalibrationRecipe()
     seed: int = 0
     device: str = "cpu"
@@ -197,8 +244,13 @@ class CompressRecipe(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_of_the_form(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("method") is not None:
+    def _what_is_left_out(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        has = {name for name, value in values.items() if value is not None}
+        if not has & {"experts", "keep"} and has & {"decompose", "hidden_units"}:
+            values = {**values, "keep": 1.0}  # those make experts smaller, not fewer
+        if values.get("method") is not None:
             return values
         return {**values, "method": DEFAULT_METHODS.get(values.get("form", "stock"), "reap")}
 

@@ -40,6 +40,7 @@ class LayerStats:
     sample_choice: Int[Tensor, "S K"]
     sample_weight: Float[Tensor, "S K"]
     input_gram: Float[Tensor, "D D"] | None = None  # Σ x xᵀ; collected on request
+    gradient_gram: Float[Tensor, "E E"] | None = None  # Σ ∇ᵢ·∇ⱼ over sequences; on request
 
     @property
     def num_experts(self) -> int:
@@ -70,6 +71,11 @@ class LayerStats:
         """Variance of f over routed tokens, summed over D."""
         mean_square = self.output_square / self.count.clamp(min=1)
         return (mean_square - self.mean_output.square().sum(-1)).clamp(min=0)
+
+    def sample_groups(self, labels: Int[Tensor, " E"]) -> Int[Tensor, "S K"]:
+        """The group of each sampled choice; -1 where the expert has none, or nothing was chosen."""
+        found = labels[self.sample_choice.clamp(min=0)]
+        return found.masked_fill(self.sample_choice < 0, -1)
 
     def merge(self, other: "LayerStats") -> "LayerStats":
         """The statistics of both texts together (two processes, two runs)."""

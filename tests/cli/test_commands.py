@@ -92,10 +92,10 @@ def test_plans_of_several_budgets_and_methods_are_one_table(source, stats, tmp_p
 
 
 def test_a_plan_that_cannot_be_is_a_row_beside_those_that_can(source, stats):
-    words = ("--keep", 0.5, "--method", "reap", "--form", "stock", "--form", "mapped")
+    words = ("--keep", 0.5, "--method", "reap", "--method", "fisher", "--form", "stock")
     done = smelt("plan", source, "--stats", stats, *words)
     assert done.code == 0
-    assert "reap-mapped-0.5: cannot be. method reap drops experts" in done.out
+    assert "fisher-stock-0.5: cannot be. rule fisher needs gradients" in done.out
     none = smelt("plan", source, "--stats", stats, "--keep", 0.01, "--keep", 0.02)
     assert none.code == 2 and "None of these plans can be" in none.err
 

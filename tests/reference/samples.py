@@ -52,6 +52,7 @@ def random_stats(
     chosen = torch.zeros(N, E, dtype=torch.float64).scatter_(1, choice, 1.0)
     gates = torch.zeros(N, E, dtype=torch.float64).scatter_(1, choice, gate.double())
     norm = output.norm(dim=2).T
+    gradients = torch.randn(E, 3 * E, dtype=torch.float64)
     return LayerStats(
         num_tokens=N,
         count=chosen.sum(0).long(),
@@ -66,4 +67,5 @@ def random_stats(
         sample_logits=logits,
         sample_choice=choice,
         sample_weight=gate,
+        gradient_gram=gradients @ gradients.T,
     )

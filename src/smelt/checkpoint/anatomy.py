@@ -4,15 +4,19 @@ The model is built a second time with twice the experts: whatever changes shape 
 (router rows, router bias, selection bias), so no family needs a list of such tensors.
 """
 
+import copy
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from smelt.checkpoint import skeleton
-from smelt.checkpoint.bind import MoeLayer, expert_axes, find_layers, set_num_experts
+from smelt.checkpoint.bind import MoeLayer, find_layers
+from smelt.checkpoint.factored import is_factored
+from smelt.checkpoint.families import COUNT_FIELDS
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError
 
@@ -63,6 +67,10 @@ def dissect(checkpoint: Checkpoint) -> Anatomy:
 def _expert_names(checkpoint: Checkpoint, layer: MoeLayer, axes: dict[str, int]) -> list[str]:
     """The experts' own tensors; what all experts share (a norm after them) is not one."""
     inside = [n for n in checkpoint.layout if n.startswith(layer.experts + ".")]
+    module = checkpoint.model.get_submodule(layer.experts)
+    if is_factored(module):
+        own = {f"{layer.experts}.{n}" for n in (*module._parameters, *module._buffers)}
+        return [n for n in inside if n in own]
     if layer.num_stored != layer.num_experts:
         return inside
     return [n for n in inside if n in axes or n.startswith(f"{layer.experts}.expert_")]
@@ -99,12 +107,27 @@ def _axes(checkpoint: Checkpoint, layers: list[MoeLayer]) -> dict[str, int]:
             f"{checkpoint.config.model_type!r} is known to set its {count} experts. "
             "docs/add-a-family.md says how one is named."
         )
-    return expert_axes(checkpoint.state, dict(doubled.state_dict()))
+    return _expert_axes(checkpoint.state, dict(doubled.state_dict()))
 
 
 def resized(config: PreTrainedConfig, before: int, after: int) -> PreTrainedConfig:
-    """The configuration with `after` experts per layer."""
-    return set_num_experts(config, before, after)
+    """A copy of the configuration with `after` experts per layer, wherever it said `before`."""
+    config = copy.deepcopy(config)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        fields = [n for n in COUNT_FIELDS if getattr(part, n, None) == before]
+        for name in fields:
+            setattr(part, name, after)
+    return config
+
+
+def _expert_axes(state: Mapping[str, Tensor], doubled: Mapping[str, Tensor]) -> dict[str, int]:
+    """Tensors with an expert axis, and which: read off the same model with twice the experts."""
+    axes = {}
+    for name, tensor in state.items():
+        if name in doubled and doubled[name].shape != tensor.shape:
+            pairs = list(zip(tensor.shape, doubled[name].shape, strict=True))
+            axes[name] = next(i for i, (n, m) in enumerate(pairs) if n != m)
+    return axes
 
 
 def _mtp_keys(checkpoint: Checkpoint) -> list[str]:
@@ -121,9 +144,10 @@ def _mtp_keys(checkpoint: Checkpoint) -> list[str]:
 
 
 def num_params(checkpoint: Checkpoint, names: Iterable[str]) -> int:
-    """Parameters under these state names, tied ones counted once."""
+    """Parameters under these state names, tied ones counted once; numbers of rows are none."""
     stored = {checkpoint.stored_name(n) for n in names} - {None}
-    return sum(math.prod(checkpoint.state[n].shape) for n in stored if n is not None)
+    found = [checkpoint.state[n] for n in stored if n is not None]
+    return sum(math.prod(t.shape) for t in found if t.is_floating_point())
 
 
 def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:

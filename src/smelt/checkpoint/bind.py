@@ -1,11 +1,10 @@
 """Experts modules as values: found by their own flags, read as an ExpertBank, written back.
 
 transformers gives every experts module the same contract and flags that say how it differs
-(gated, biased, transposed, interleaved). Switch keeps one module per expert; both kinds are bound
-here, and nothing outside this module asks which it is.
+(gated, biased, transposed, interleaved). Switch keeps one module per expert, and smelt's own
+factored form low-rank matrices; all are bound here, and nothing outside asks which it is.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from smelt.checkpoint.factor_bank import read_factors
+from smelt.checkpoint.factored import is_factored
+from smelt.checkpoint.factored_forward import expert_output
 from smelt.checkpoint.families import (
     COUNT_FIELDS,
     NOT_COVERED,
@@ -45,16 +47,18 @@ class MoeLayer:
 
 
 def is_common(module: nn.Module) -> bool:
-    """Whether a module follows transformers' experts contract."""
-    return hasattr(module, "is_transposed") and isinstance(
-        getattr(module, "down_proj", None), nn.Parameter
+    """Whether a module follows transformers' experts contract; factored it still does."""
+    return hasattr(module, "is_transposed") and (
+        isinstance(getattr(module, "down_proj", None), nn.Parameter) or is_factored(module)
     )
 
 
 def is_module_dict(module: nn.Module) -> bool:
-    """Whether a module keeps its experts as expert_0 … with an up and a down matrix (Switch)."""
+    """Whether a module is called with one-hot ids, and keeps (or, factored, once kept) its
+    experts as expert_0 … with an up and a down matrix (Switch).
+    """
     if not isinstance(module, nn.ModuleDict) or "expert_0" not in module:
-        return False
+        return isinstance(module, nn.ModuleDict) and is_factored(module)
     return hasattr(module["expert_0"], "wi") and hasattr(module["expert_0"], "wo")
 
 
@@ -159,31 +163,11 @@ def _find_router(parent: nn.Module, experts: str, num_experts: int) -> str | Non
     return next(iter(named + [n for n in children if has_rows(n, num_experts, num_experts)]), None)
 
 
-def set_num_experts(config: PreTrainedConfig, before: int, after: int) -> PreTrainedConfig:
-    """A copy of the configuration with `after` experts per layer, wherever it said `before`."""
-    config = copy.deepcopy(config)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        fields = [n for n in COUNT_FIELDS if getattr(part, n, None) == before]
-        for name in fields:
-            setattr(part, name, after)
-    return config
-
-
-def expert_axes(state: Mapping[str, Tensor], doubled: Mapping[str, Tensor]) -> dict[str, int]:
-    """Tensors with an expert axis, and which: read off the same model with twice the experts."""
-    axes = {}
-    for name, tensor in state.items():
-        if name in doubled and doubled[name].shape != tensor.shape:
-            pairs = list(zip(tensor.shape, doubled[name].shape, strict=True))
-            axes[name] = next(i for i, (n, m) in enumerate(pairs) if n != m)
-    return axes
-
-
 def activation_of(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor]:
     """The module's own activation as `(gate, up) -> hidden`."""
     if is_module_dict(module):
-        act = module.get_submodule("expert_0").act
-        return lambda gate, up: act(up)  # type: ignore[operator]
+        act: Any = (module if is_factored(module) else module.get_submodule("expert_0")).act
+        return lambda gate, up: act(up)
     if not module.has_gate:
         return lambda gate, up: module.act_fn(up)  # type: ignore[operator]
 
@@ -199,8 +183,13 @@ def activation_of(module: nn.Module) -> Callable[[Tensor | None, Tensor], Tensor
 
 
 def read_bank(module: nn.Module, path: str, read: Callable[[str], Tensor]) -> ExpertBank:
-    """The experts of a module as a bank in [out, in] orientation; views of what `read` gives."""
+    """The experts of a module as a bank in [out, in] orientation; views of what `read` gives.
+
+    Factored ones are multiplied out.
+    """
     activation = activation_of(module)
+    if is_factored(module):
+        return read_factors(module, path, read, activation).dense()
     if is_module_dict(module):
         count: int = module.num_experts  # type: ignore[assignment]
         ups = torch.stack([read(f"{path}.expert_{i}.wi.weight") for i in range(count)])
@@ -262,6 +251,8 @@ def _join(module: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 def input_width(module: nn.Module) -> int:
     """D of what the experts read."""
+    if is_factored(module):
+        return int(module.get_parameter("up_v").shape[2])
     if is_module_dict(module):
         return int(module.get_submodule("expert_0.wi").in_features)  # type: ignore[arg-type]
     down: Tensor = module.down_proj  # type: ignore[assignment]
@@ -272,8 +263,16 @@ def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
     """f(e, x): what expert e of a module with weights makes of tokens x, before routing weights."""
     m: Any = module
     stored = m.expert_map.tolist() if hasattr(m, "expert_map") else range(m.num_experts)
+    if is_factored(module):
+        return lambda e, x: (
+            expert_output(module, stored[e], x)
+            if stored[e] < m.num_experts
+            else torch.zeros_like(x)
+        )
     if is_module_dict(module):
-        return lambda e, x: m[f"expert_{stored[e]}"](x)
+        return lambda e, x: (
+            m[f"expert_{stored[e]}"](x) if stored[e] < len(m) else torch.zeros_like(x)
+        )
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None, e: int) -> Tensor:
         matrix = weight[e].T if m.is_transposed else weight[e]
@@ -281,6 +280,8 @@ def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
 
     def run(expert: int, x: Tensor) -> Tensor:
         e = stored[expert]
+        if e >= m.num_experts:  # a dropped expert
+            return torch.zeros_like(x)
         if m.has_gate:
             bias = m.gate_up_proj_bias if m.has_bias else None
             h = m._apply_gate(project(x, m.gate_up_proj, bias, e))

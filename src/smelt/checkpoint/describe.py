@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from smelt.checkpoint.anatomy import Anatomy, dissect, num_params
 from smelt.checkpoint.bind import MoeLayer, is_module_dict
+from smelt.checkpoint.factored import is_factored
+from smelt.checkpoint.factored_forward import matrices
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import known_sums, num_weight_files
 
@@ -159,6 +161,7 @@ def _facts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
     first = anatomy.layers[0]
     module: Any = checkpoint.model.get_submodule(first.experts)
     facts = [] if is_module_dict(module) else _expert_facts(module)
+    facts += _factor_facts(checkpoint, anatomy)
     facts += _router_facts(first, anatomy)
     modules = checkpoint.model.get_submodule(first.name).named_modules()
     if any("shared_expert" in name or "shared_mlp" in name for name, _ in modules):
@@ -178,6 +181,25 @@ def _expert_facts(module: Any) -> list[str]:
     if module.has_bias:
         facts.append("experts with biases")
     return facts
+
+
+def _factor_facts(checkpoint: Checkpoint, anatomy: Anatomy) -> list[str]:
+    """How the experts are decomposed, where they are."""
+    modules = [checkpoint.model.get_submodule(layer.experts) for layer in anatomy.layers]
+    factored = [module for module in modules if is_factored(module)]
+    if not factored:
+        return []
+    ranks, kept, whole = set(), 0, 0
+    for module in factored:
+        for name in matrices(module):
+            u, v, rows = (module.get_parameter(f"{name}_{part}") for part in ("u", "v", "rows"))
+            ranks.add(u.shape[2])
+            kept += rows.numel()
+            whole += u.shape[0] * u.shape[1] * v.shape[2]
+    rank = f"{min(ranks)}" if len(ranks) == 1 else f"{min(ranks)} to {max(ranks)}"
+    where = f"{len(factored)} of {len(modules)} layers"
+    share = f"{kept / whole:.1%} of the entries"
+    return [f"decomposed experts in {where}: rank {rank}, and rows that hold {share}"]
 
 
 def _router_facts(layer: MoeLayer, anatomy: Anatomy) -> list[str]:

@@ -1,17 +1,17 @@
 """Loads checkpoints in smelt's mapped form: fewer stored experts behind an unchanged router.
 
-This file is self-contained (torch and transformers only). A copy lies beside the weights of every
-mapped checkpoint, so that `from_pretrained(folder, trust_remote_code=True)` works without smelt;
-with smelt installed, `import smelt` is enough.
+This file, `factored.py` and `factored_forward.py` are self-contained (torch and transformers only).
+Copies lie beside the weights of every mapped checkpoint, so that `from_pretrained(folder,
+trust_remote_code=True)` works without smelt; with smelt installed, `import smelt` is enough.
 
 A mapped layer stores G experts and `expert_map[E]`. A token that chose expert e is served by stored
 expert `expert_map[e]`; two choices of one token that fall together run once, with their weights
-summed. Licensed under Apache-2.0, as smelt is.
+summed. Its experts' matrices may be factored too: see `factored.py`. Licensed under Apache-2.0, as
+smelt is.
 """
 
 import os
 import shutil
-import sys
 from typing import Any
 
 import torch
@@ -19,16 +19,21 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from .factored import define, factor_experts
+from .factored_forward import fold
+
 FILE_NAME = "modeling_smelt_mapped.py"
+NEIGHBOURS = ("factored.py", "factored_forward.py")
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
 
 
 class SmeltMappedConfig(PreTrainedConfig):
-    """The base family's configuration with three fields more.
+    """The base family's configuration with three fields more, or four.
 
     base_model_type: the family's own model type.
     base_architecture: the family's own model class.
     mapped_experts: stored experts G of each mapped experts module, by its name.
+    factored_experts: of those in factored form, by matrix: {"rank": R, "rows": kept rows of S}.
     """
 
     model_type = "smelt_mapped"
@@ -66,10 +71,12 @@ def _define_model(config_type: type[SmeltMappedConfig], architecture: str) -> ty
         super(cls, self).__init__(config, *args, **kwargs)
         for name, num_stored in config.mapped_experts.items():
             map_experts(self.get_submodule(name), num_stored)
+        for name, spec in (getattr(config, "factored_experts", None) or {}).items():
+            factor_experts(self.get_submodule(name), spec)
 
     def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
         super(cls, self).save_pretrained(save_directory, **kwargs)
-        shutil.copyfile(__file__, os.path.join(save_directory, FILE_NAME))
+        copy_code(save_directory)
 
     members = {
         "__init__": __init__,
@@ -81,6 +88,13 @@ def _define_model(config_type: type[SmeltMappedConfig], architecture: str) -> ty
     for auto in auto_classes(config_type):
         getattr(transformers, auto).register(config_type, cls, exist_ok=True)
     return cls
+
+
+def copy_code(folder: Any) -> None:
+    """Copy the modelling files beside the weights."""
+    shutil.copyfile(__file__, os.path.join(folder, FILE_NAME))
+    for name in NEIGHBOURS:
+        shutil.copyfile(os.path.join(os.path.dirname(__file__), name), os.path.join(folder, name))
 
 
 def auto_classes(config_type: type[SmeltMappedConfig]) -> list[str]:
@@ -129,49 +143,29 @@ def map_experts(experts: nn.Module, num_stored: int) -> None:
     zeros = torch.zeros(num_experts, dtype=torch.int32, device=device)
     experts.register_buffer("expert_map", zeros)
     base = type(experts)
-    experts.__class__ = _define(f"SmeltMapped{base.__name__}", (base,), {"forward": forward})
-
-
-def fold(
-    expert_map: Tensor, choice: Tensor, weight: Tensor, num_stored: int
-) -> tuple[Tensor, Tensor]:
-    """Stored ids and weights of each choice [N, K]; a repeated id becomes an empty slot.
-
-    The first of several choices that share a stored expert carries the sum of their weights, the
-    others get id `num_stored` and weight 0, which experts implementations skip.
-    """
-    stored = expert_map.long()[choice]
-    if choice.shape[-1] == 1:
-        return stored, weight
-    same = stored.unsqueeze(-1) == stored.unsqueeze(-2)
-    is_first = ~same.tril(-1).any(-1)
-    summed = (same.to(weight.dtype) * weight.unsqueeze(-2)).sum(-1)
-    return stored.masked_fill(~is_first, num_stored), summed * is_first
+    members = {"forward": forward, "_unmapped": base}
+    experts.__class__ = _define(f"SmeltMapped{base.__name__}", (base,), members)
 
 
 def _forward_ids(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-    base = type(self).__mro__[1]
+    base = self._unmapped  # not the next class: PEFT puts one of its own before ours
     stored, summed = fold(self.expert_map, choice, weight, self.num_experts)
     if self.has_bias and self.config._experts_implementation == "eager":
         # The eager forward of biased experts knows no empty slot: any expert, with weight 0.
         stored = stored.masked_fill(stored == self.num_experts, 0)
-    return base.forward(self, hidden_states, stored, summed)  # type: ignore[attr-defined]
+    return base.forward(self, hidden_states, stored, summed)
 
 
 def _forward_one_hot(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-    base = type(self).__mro__[1]
-    table = nn.functional.one_hot(self.expert_map.long(), self.num_experts).to(choice.dtype)
-    return base.forward(self, hidden_states, choice @ table, weight)  # type: ignore[attr-defined]
+    base = self._unmapped  # not the next class: PEFT puts one of its own before ours
+    # The last column is the empty slot of dropped experts: their tokens reach no expert.
+    table = nn.functional.one_hot(self.expert_map.long(), self.num_experts + 1)[:, :-1]
+    chosen = choice @ table.to(choice.dtype)
+    return base.forward(self, hidden_states, chosen, weight)
 
 
 def _define(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:
-    """A class of this module by name, made once for the same bases (so that it can be pickled)."""
-    module = sys.modules[__name__]
-    known = getattr(module, name, None)
-    if known is None or known.__bases__ != bases:
-        known = type(name, bases, {**members, "__module__": __name__})
-        setattr(module, name, known)
-    return known
+    return define(__name__, name, bases, members)
 
 
 def register() -> None:

@@ -33,7 +33,7 @@ def watch(model: nn.Module, layer: MoeLayer, rows: Rows, sums: Accumulator) -> I
         hook = router.register_forward_hook(
             lambda module, args, output: logits.append(_logits(output, layer.num_experts))
         )
-    capacity = _lift_capacity(model, layer)
+    capacity = lift_capacity(model, layer)
     one_hot = is_module_dict(experts)
 
     def forward(x: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
@@ -57,8 +57,8 @@ def _ids(one_hot: Tensor) -> Tensor:
     return torch.where(kept, one_hot.argmax(-1), one_hot.shape[-1])
 
 
-def _lift_capacity(model: nn.Module, layer: MoeLayer) -> Callable[[], None]:
-    """No token is dropped for capacity while watching; the returned call restores the limit."""
+def lift_capacity(model: nn.Module, layer: MoeLayer) -> Callable[[], None]:
+    """No token is dropped for capacity from now on; the returned call restores the limit."""
     router = model.get_submodule(layer.router) if layer.router else None
     limit = getattr(router, "expert_capacity", None)
     if router is None or limit is None:

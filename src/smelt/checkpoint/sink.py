@@ -112,7 +112,7 @@ class Sink:
             self._copy_others(documents)
             _write_text(self.staging / "config.json", json.dumps(config, indent=2) + "\n")
             if config.get("model_type") == mapped.SmeltMappedConfig.model_type:
-                shutil.copyfile(mapped.__file__, self.staging / mapped.FILE_NAME)
+                mapped.copy_code(self.staging)
             for name, text in documents.items():
                 (self.staging / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_text(self.staging / name, text)
@@ -201,8 +201,18 @@ def encode(source: Checkpoint, name: str, value: Tensor) -> dict[str, Tensor]:
     )
 
 
-def stock_config(source: Checkpoint, num_experts: int, *, without_mtp: bool) -> dict[str, Any]:
-    """config.json with another expert count; else only what can no longer hold is changed."""
+def stock_config(
+    source: Checkpoint,
+    num_experts: int,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    without_mtp: bool,
+) -> dict[str, Any]:
+    """config.json with another expert count; else only what can no longer hold is changed.
+
+    Args:
+        fields: of the text model, and what they become.
+    """
     config = copy.deepcopy(source.config_dict)
     before = {
         name: value
@@ -214,6 +224,8 @@ def stock_config(source: Checkpoint, num_experts: int, *, without_mtp: bool) -> 
         if isinstance(part, dict):
             for name in [n for n in COUNT_FIELDS if n in part and part[n] == before.get(n)]:
                 part[name] = num_experts
+    nested = config.get("text_config")
+    (nested if isinstance(nested, dict) else config).update(fields or {})
     return plain_config(config, without_mtp=without_mtp)
 
 
@@ -250,6 +262,27 @@ def mapped_config(
         "auto_map": {"AutoConfig": f"{module}.SmeltMappedConfig"}
         | dict.fromkeys(autos, f"{module}.SmeltMappedModel"),
     }
+
+
+def factored_config(
+    source: Checkpoint,
+    stored: Mapping[str, int],
+    factors: Mapping[str, Mapping[str, Mapping[str, int]]],
+    *,
+    without_mtp: bool,
+) -> dict[str, Any]:
+    """config.json of the mapped form with these modules' experts factored.
+
+    Args:
+        factors: by experts module and matrix, {"rank": R, "rows": kept rows of S}; each of the
+            modules is in `stored` too.
+    """
+    config = mapped_config(source, stored, without_mtp=without_mtp)
+    plain = {
+        module: {m: {"rank": s["rank"], "rows": s["rows"]} for m, s in spec.items()}
+        for module, spec in factors.items()
+    }
+    return config | {"factored_experts": plain}
 
 
 def raw(source: Checkpoint, keys: Iterable[str]) -> dict[str, Tensor]:

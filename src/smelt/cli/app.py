@@ -7,7 +7,9 @@ from smelt.cli.benching import bench
 from smelt.cli.compressing import apply, calibrate, compress, plan
 from smelt.cli.demo import demo
 from smelt.cli.exporting import export
-from smelt.cli.measuring import evaluate, inspect
+from smelt.cli.healing import heal
+from smelt.cli.inspecting import inspect
+from smelt.cli.measuring import evaluate
 from smelt.cli.studying import study
 from smelt.cli.training import train
 
@@ -28,6 +30,7 @@ for command in (
     calibrate,
     plan,
     apply,
+    heal,
     train,
     analyse,
     export,

@@ -15,8 +15,22 @@ Keep = Annotated[float | None, typer.Option("--keep", help="Or the share of them
 Method = Annotated[
     str | None,
     typer.Option(
-        "--method", help="reap, frequency, ean, m-smoe, m-smoe-saliency, or module:function."
+        "--method",
+        help="reap, frequency, ean, prune (drop); m-smoe, m-smoe-saliency, redirect, average, "
+        "zipit, repair, git-rebasin, fisher, regmean (merge); or module:function.",
     ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        help="Also decompose experts: low rank and a few whole rows (mapped form; others: --set "
+        "decompose.keep=0.1 …).",
+    ),
+]
+HiddenUnits = Annotated[
+    int | None,
+    typer.Option("--hidden-units", help="Also fewer hidden units in every expert (stock form)."),
 ]
 Sequential = Annotated[
     bool | None,
@@ -36,6 +50,8 @@ def compress(
     recipe: options.RecipeFile = None,
     method: Method = None,
     form: options.Form = None,
+    rank: Rank = None,
+    hidden_units: HiddenUnits = None,
     text: options.Texts = None,
     tokens: options.Tokens = None,
     sequential: Sequential = None,
@@ -63,6 +79,8 @@ def compress(
         "keep": keep,
         "method": method,
         "form": form,
+        "rank": rank,
+        "hidden_units": hidden_units,
         "text": text,
         "num_tokens": tokens,
         "sequential": sequential,
@@ -84,6 +102,22 @@ def calibrate(
     stats: Annotated[str, typer.Argument(help="The folder to make, for the statistics.")],
     text: options.Texts = None,
     tokens: options.Tokens = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            help="Instead of text: training examples of a benchmark, such as sst2 (docs/tasks.md); "
+            "--set task.limit=N.",
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Also a backward pass, the whole model in memory: what `--method fisher` and "
+            "similarity gradient read.",
+        ),
+    ] = False,
     seed: options.Seed = None,
     device: options.Device = None,
     settings: options.Sets = None,
@@ -99,7 +133,11 @@ def calibrate(
     Example: smelt calibrate Qwen3-30B-A3B stats --text notes/ --tokens 100000
     """
     screen = Screen(as_json=as_json, quiet=quiet)
-    recipe = options.text_recipe({"text": text, "num_tokens": tokens, "seed": seed}, settings)
+    given = {"text": text, "num_tokens": tokens, "seed": seed, "gradients": gradients or None}
+    if text and task:
+        raise RecipeError("--text and --task: statistics are taken from one of them. Drop one.")
+    named = None if task is None else {"name": task}
+    recipe = options.text_recipe({**given, "task": named}, settings)
     from smelt.api import calibrate_by
 
     with screen.watching() as stages:
@@ -230,6 +268,7 @@ def _report(screen: Screen, source: str, folder: Path, shown: str) -> None:
         "output": str(folder),
         "form": done["form"],
         "method": done["recipe"]["method"],
+        "operator": done["method"]["operator"],
         "experts_before": [layer["num_experts"] for layer in layers],
         "experts_after": [layer["num_groups"] for layer in layers],
         **{key: predicted[key] for key in ("params_before", "params_after")},
@@ -242,7 +281,7 @@ def _report(screen: Screen, source: str, folder: Path, shown: str) -> None:
 
 
 def _words(value: dict[str, Any], source: str, folder: str) -> str:
-    verb = "kept" if value["method"] in ("frequency", "ean", "reap") else "merged into"
+    verb = "kept" if value["operator"] == "drop" else "merged into"
     before, after = value["bytes_before"], value["bytes_after"]
     experts = (
         f"{counts(value['experts_before'])} experts in each of {len(value['experts_before'])} "

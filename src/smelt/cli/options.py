@@ -65,6 +65,8 @@ def compress_recipe(
     for name, other in (("experts", "keep"), ("keep", "experts")):
         if name in own and other not in own:
             values.pop(other, None)  # a budget on the command line replaces the file's
+    if "rank" in own:
+        values["decompose"] = (values.get("decompose") or {}) | {"rank": own.pop("rank")}
     group = {**(values.get("calibration") or {}), **own.pop("calibration", {})}
     values |= own | ({"calibration": group} if group else {})
     return _finish(values, overrides, CompressRecipe, file)

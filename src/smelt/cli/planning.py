@@ -8,7 +8,6 @@ from typing import Any
 
 from smelt.api import load_stats, open_checkpoint
 from smelt.cli.screen import Screen, counts, number, size
-from smelt.compress.check import check
 from smelt.compress.facts import read_facts
 from smelt.compress.pipeline import run_plan
 from smelt.compress.plan import Plan
@@ -80,7 +79,6 @@ def plan_all(
     with screen.watching() as stages:
         for recipe in wanted:
             try:
-                check(facts.layers, recipe)
                 made = run_plan(checkpoint, known, recipe, facts)
             except (PlanError, RecipeError) as error:
                 if len(wanted) == 1:

@@ -23,6 +23,9 @@ def train(
 ) -> None:
     """Train a small MoE of any family transformers knows, and save it as an ordinary checkpoint.
 
+    A recipe with start goes on from a checkpoint; with task too, it fine-tunes an encoder–decoder
+    on a benchmark (docs/tasks.md).
+
     Example: smelt train recipes/train/tiny-moe.yaml --set output=runs/tiny --set steps=200
 
     On several GPUs: torchrun --nproc-per-node 8 -m smelt train RECIPE (docs/scaling-out.md).
@@ -48,7 +51,12 @@ def _train(recipe: Path, settings: options.Sets, screen: Screen) -> None:
 
     logging.disable_progress_bar()  # transformers' own bars: ours say enough
     read = load_recipe(recipe, TrainRecipe, settings or ())
-    screen.note(f"reading text and building a {read.model.model_type}")
+    if read.task is not None:
+        screen.note(f"reading {read.task.name} and the weights of {read.start}")
+    elif read.start is not None:
+        screen.note(f"reading text and the weights of {read.start}")
+    else:
+        screen.note(f"reading text and building a {read.model.model_type}")
     with screen.watching() as stages, _keeping(read):
         progress = stages("training")
         result = run(
@@ -85,6 +93,8 @@ def _next(recipe: "TrainRecipe") -> str:
     """What may be done with a stock checkpoint; a samoe is small already."""
     if recipe.model.model_type == "samoe" or recipe.seeds is not None:
         return ""
+    if recipe.task is not None:
+        return f"\n\nNext:  smelt evaluate {recipe.output} --benchmarks {recipe.task.name}"
     return (
         f"\n\nNext:  smelt inspect {recipe.output}\n"
         f"       smelt compress {recipe.output} OUT --keep 0.5"

@@ -116,7 +116,7 @@ class Aligner:
         self, bank: ExpertBank, wanted: list[tuple[int, int]], cost: Cost = weight_cost
     ) -> Iterator[tuple[int, Int[Tensor, " F"]]]:
         """The order of each `(reference, expert)` wanted, in turn; few cost matrices at a time."""
-        workers = min(self._workers, len(wanted), self._fitting(bank.hidden_size))
+        workers = self.at_once(bank.hidden_size, len(wanted))
         if workers <= 1:
             for reference, expert in wanted:
                 yield expert, _assign(_negated(cost(bank, reference, expert)))
@@ -133,9 +133,13 @@ class Aligner:
         for done, future in waiting:
             yield done, future.result()
 
+    def at_once(self, hidden_size: int, wanted: int) -> int:
+        """How many solves of F units may run at a time, of so many wanted."""
+        return max(1, min(self._workers, wanted, self._fitting(hidden_size)))
+
     def _fitting(self, hidden_size: int) -> int:
         """How many solves of F units fit in memory at once; at least one."""
-        memory = _available_memory() // 2 if self._memory is None else self._memory
+        memory = available_memory() // 2 if self._memory is None else self._memory
         return max(1, memory // (20 * hidden_size**2))
 
 
@@ -178,7 +182,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes of memory that could be had now, or 8 GiB where the system does not say."""
     try:
         table = Path("/proc/meminfo").read_text(encoding="ascii")

@@ -7,7 +7,6 @@ on where it stopped and gives the same bytes too.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,155 +15,19 @@ import torch
 from torch import Tensor
 
 from smelt.checkpoint import sink as sinks
-from smelt.checkpoint.bind import MoeLayer, read_bank, write_bank
 from smelt.checkpoint.device import give_memory_back
 from smelt.checkpoint.sink import Sink, encode
 from smelt.checkpoint.source import Checkpoint
-from smelt.compress.align import Aligner, activation_cost, weight_cost
+from smelt.checkpoint.width import hidden_field
+from smelt.compress.align import Aligner
 from smelt.compress.calibrate import Progress, RoutingStats
-from smelt.compress.facts import Facts, read_facts, router_names
-from smelt.compress.merge import keep, merge_groups
-from smelt.compress.plan import LayerPlan, Plan
-from smelt.compress.refit import REFITS
-from smelt.compress.router import ROUTERS
-from smelt.errors import CheckpointError, PlanError
-from smelt.experts import ExpertBank, select
-from smelt.plugins import find
-from smelt.routing import LayerStats
-
-
-@dataclass(frozen=True)
-class Changed:
-    """What a layer becomes, under the names of the model: experts, router rows, the map."""
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    replaced: frozenset[str] = frozenset()  # state names of the source that these stand for
-
-
-class Compressor:
-    """Makes the new tensors of one layer at a time; `apply` and `sequential` stream."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        facts: Facts,
-        plan: Plan,
-        aligner: Aligner,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.facts = facts
-        self.plan = plan
-        self.aligner = aligner
-
-    def compress(self, layer: MoeLayer, plan: LayerPlan, stats: LayerStats | None) -> Changed:
-        """The layer as the plan has it, in the form the plan has."""
-        axes = self.facts.anatomy.axes[layer.name]
-        names = frozenset(self.facts.anatomy.experts[layer.name])
-        if plan.operator == "keep":
-            if self.plan.form != "mapped":
-                return Changed()
-            bank = self.bank(layer)
-            return Changed(self._experts(layer, bank) | self._map(layer, plan), names)
-        labels, dominants = torch.tensor(plan.labels), torch.tensor(plan.dominants)
-        merged = self.merged(layer, plan, stats, labels, dominants)
-        if self.plan.form == "expanded":
-            return Changed(self._experts(layer, select(merged, labels)), names)
-        if self.plan.form == "mapped":
-            return Changed(self._experts(layer, merged) | self._map(layer, plan), names)
-        rows = self.rows(layer, plan, stats, labels, dominants)
-        return Changed(self._experts(layer, merged) | rows, names | frozenset(axes))
-
-    def bank(self, layer: MoeLayer) -> ExpertBank:
-        """The layer's experts as they are; NaN or Inf among them is a CheckpointError."""
-        module = self.checkpoint.model.get_submodule(layer.experts)
-        bank = read_bank(module, layer.experts, self.checkpoint.read)
-        for name, tensor in bank.tensors().items():
-            if not all(map(_is_finite, tensor)):
-                raise CheckpointError(
-                    f"{self.checkpoint.folder}: {layer.experts} has NaN or Inf in {name}. The "
-                    "weights are damaged or training diverged: there is nothing sound to merge."
-                )
-        return bank
-
-    def merged(
-        self,
-        layer: MoeLayer,
-        plan: LayerPlan,
-        stats: LayerStats | None,
-        labels: Tensor,
-        dominants: Tensor,
-    ) -> ExpertBank:
-        """The G experts that stand for the layer's E."""
-        bank = self.bank(layer)
-        if plan.operator == "drop":
-            return keep(bank, dominants)
-        order = None
-        if plan.align != "none":
-            cost = weight_cost
-            if plan.align == "activations":
-                cost = activation_cost(_needed(stats, "activation matching"))  # type: ignore[assignment]
-            order = self.aligner.orders(
-                bank, labels, dominants, reference=plan.reference, cost=cost
-            )
-        return merge_groups(bank, labels, torch.tensor(plan.weights, dtype=torch.float64), order)
-
-    def _experts(self, layer: MoeLayer, bank: ExpertBank) -> dict[str, Tensor]:
-        module = self.checkpoint.model.get_submodule(layer.experts)
-        return write_bank(module, layer.experts, bank)
-
-    def _map(self, layer: MoeLayer, plan: LayerPlan) -> dict[str, Tensor]:
-        labels = torch.tensor(plan.labels, dtype=torch.int32)
-        return {f"{layer.experts}.expert_map": labels}
-
-    def rows(
-        self,
-        layer: MoeLayer,
-        plan: LayerPlan,
-        stats: LayerStats | None,
-        labels: Tensor,
-        dominants: Tensor,
-    ) -> dict[str, Tensor]:
-        """Router rows, biases and selection biases of the groups."""
-        axes = self.facts.anatomy.axes[layer.name]
-        whole = {name: self.checkpoint.read(name).movedim(axis, 0) for name, axis in axes.items()}
-        values = {name: value[: layer.num_experts] for name, value in whole.items()}
-        is_fitted = plan.router in REFITS
-        rule = find(ROUTERS, "dominant" if is_fitted else plan.router, "router")
-        rows = {name: rule(value, labels, dominants) for name, value in values.items()}
-        if is_fitted:
-            weight, bias = router_names(layer, values)
-            fitted, fitted_bias = find(REFITS, plan.router, "router")(
-                values[weight],
-                None if bias is None else values[bias],
-                _needed(stats, "a refitted router"),
-                labels,
-                dominants,
-                scoring="softmax" if layer.is_softmax else "sigmoid",
-                top_k=layer.top_k,
-            )
-            rows[weight] = fitted
-            if bias is not None and fitted_bias is not None:
-                rows[bias] = fitted_bias
-        # What a router scores beside the experts (shared ones, doing nothing) follows and stays.
-        rows = {
-            name: torch.cat([row, whole[name][layer.num_experts :]]) for name, row in rows.items()
-        }
-        return {name: row.movedim(0, axes[name]).contiguous() for name, row in rows.items()}
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every element is finite. One expert at a time: nothing of a bank's size is made."""
-    # A sum is not finite when a term is not, and is read at the speed of memory; a sum of finite
-    # float16 may overflow, so only then is every element looked at.
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
-
-
-def _needed(stats: LayerStats | None, what: str) -> LayerStats:
-    if stats is None:
-        raise PlanError(
-            f"The plan asks for {what}, which needs the statistics: give them with --stats."
-        )
-    return stats
+from smelt.compress.check import positions
+from smelt.compress.factoring import decide_factors, is_decided
+from smelt.compress.facts import Facts, read_facts
+from smelt.compress.layer import Changed, Compressor
+from smelt.compress.plan import LayerPlan, MatrixFactors, Plan
+from smelt.errors import PlanError
+from smelt.experts import ExpertBank
 
 
 def apply(
@@ -194,13 +57,38 @@ def apply(
     count = len(stages)
     give_memory_back()
     with Aligner(workers) as aligner:
-        compressor = Compressor(checkpoint, facts, plan, aligner)
+        fisher = None if stats is None else stats.fisher
+        compressor = Compressor(checkpoint, facts, plan, aligner, fisher)
+        if not is_decided(plan):
+            compressor.plan = plan = _decided(compressor, sink, stats)
         for index, stage in enumerate(stages):
             if not sink.has(index, count):
                 sink.write(index, count, _compressed(compressor, stage, stats))
             if progress:
                 progress(stage or "the rest", index + 1, count)
     return finish(sink, checkpoint, facts, plan, count, documents or {})
+
+
+def _decided(compressor: Compressor, sink: Sink, stats: RoutingStats | None) -> Plan:
+    """The plan with its ranks and rows; a killed run that had found them finds them again."""
+    kept = sink.staging / "smelt" / "plan.json"
+    if kept.is_file():
+        return Plan.load(kept)
+    plan, facts = compressor.plan, compressor.facts
+    layers = {layer.name: layer for layer in facts.anatomy.layers}
+    known = stats.layers if stats else {}
+
+    def merged(layer: LayerPlan) -> ExpertBank:
+        labels, dominants = torch.tensor(layer.labels), torch.tensor(layer.dominants)
+        return compressor.merged(
+            layers[layer.name], layer, known.get(layer.name), labels, dominants
+        )
+
+    excluded = positions(facts.layers, plan.recipe.excluded, "excluded")
+    positions_left = [i for i in range(len(facts.layers)) if i not in excluded]
+    found = decide_factors(plan, facts.layers, known, merged, positions_left)
+    found.save(kept)
+    return found
 
 
 def _compressed(
@@ -301,5 +189,23 @@ def new_config(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> dict[str, An
         stored = {
             layer.experts: plan.layer(layer.name).num_groups for layer in facts.anatomy.layers
         }
+        factors = {
+            layer.experts: _spec(known)
+            for layer in facts.anatomy.layers
+            if (known := plan.layer(layer.name).factors) is not None and is_decided(plan)
+        }
+        if factors:
+            return sinks.factored_config(checkpoint, stored, factors, without_mtp=without_mtp)
         return sinks.mapped_config(checkpoint, stored, without_mtp=without_mtp)
-    return sinks.stock_config(checkpoint, plan.layers[0].num_groups, without_mtp=without_mtp)
+    first = plan.layers[0]
+    fields = {}
+    if first.hidden_units is not None:
+        before = facts.layers[0].hidden_size
+        name = hidden_field(checkpoint, facts.anatomy.layers, before, first.hidden_units)
+        fields[name] = first.hidden_units
+    return sinks.stock_config(checkpoint, first.num_groups, fields, without_mtp=without_mtp)
+
+
+def _spec(factors: Mapping[str, MatrixFactors]) -> dict[str, dict[str, int]]:
+    """Rank and kept rows of each matrix, as the configuration has them."""
+    return {name: {"rank": f.rank, "rows": sum(f.rows or ())} for name, f in factors.items()}

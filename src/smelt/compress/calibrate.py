@@ -21,6 +21,7 @@ from smelt.checkpoint.shards import as_bytes, write_shard
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import finite
 from smelt.checkpoint.walk import Stage, Walk
+from smelt.compress.fisher_files import FisherSums
 from smelt.errors import CalibrationError
 from smelt.routing import Accumulator, LayerStats
 
@@ -37,6 +38,7 @@ class RoutingStats:
     text: str  # hash of the token ids and mask
     num_tokens: int
     details: dict[str, Any] = field(default_factory=dict)
+    fisher: FisherSums | None = None  # squared gradients of all expert weights; on request
 
     @property
     def sha256(self) -> str:
@@ -46,10 +48,14 @@ class RoutingStats:
             for key, tensor in layer.tensors().items():
                 digest.update(f"{name} {key} {tuple(tensor.shape)}".encode())
                 digest.update(as_bytes(tensor.contiguous()))
+        if self.fisher is not None:
+            digest.update(
+                f"{self.fisher.num_sequences} {sorted(self.fisher.digests.items())}".encode()
+            )
         return digest.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """One safetensors file per layer and stats.json, which is written last."""
+        """One safetensors file per layer (two with gradients), and stats.json, written last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         index: dict[str, Any] = {
@@ -65,6 +71,8 @@ class RoutingStats:
             file = f"layer-{number:03d}.safetensors"
             write_shard(folder / file, layer.tensors())
             index["layers"][name] = {"file": file, "num_tokens": layer.num_tokens}
+        if self.fisher is not None:
+            index["fisher"] = self.fisher.save(folder)
         part = folder / "stats.json.part"
         part.write_text(json.dumps(index, indent=1) + "\n")
         part.replace(folder / "stats.json")
@@ -84,7 +92,12 @@ class RoutingStats:
                 for name, at in index["layers"].items()
             }
             return cls(
-                layers, index["checkpoint"], index["text"], index["num_tokens"], index["details"]
+                layers,
+                index["checkpoint"],
+                index["text"],
+                index["num_tokens"],
+                index["details"],
+                FisherSums.load(folder, index["fisher"]) if "fisher" in index else None,
             )
         except FileNotFoundError as error:
             raise CalibrationError(
@@ -105,7 +118,8 @@ class RoutingStats:
         layers = {name: layer.merge(other.layers[name]) for name, layer in self.layers.items()}
         text = hashlib.sha256(f"{self.text} {other.text}".encode()).hexdigest()
         tokens = self.num_tokens + other.num_tokens
-        return RoutingStats(layers, self.checkpoint, text, tokens, self.details)
+        fisher = self.fisher.merge(other.fisher) if self.fisher and other.fisher else None
+        return RoutingStats(layers, self.checkpoint, text, tokens, self.details, fisher)
 
     def belongs_to(self, checkpoint: Checkpoint) -> None:
         """Raise CalibrationError if these are the statistics of another checkpoint."""

@@ -58,7 +58,8 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
     words = [f"operator {method.operator}", f"score {method.score}", f"budget {method.budget}"]
     if method.operator == "merge":
         words += [f"groups by {method.similarity}", f"alignment {method.align}"]
-        words += [f"merge weights {method.weights}"]
+        words += [f"merge weights {method.weights}", f"rule {method.rule}"]
+        words += ["repaired"] if method.repair else []
     if plan.form == "stock":
         words.append(f"router rows {method.router}")
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)

@@ -10,13 +10,14 @@ from smelt.compress.methods import Method, resolve
 from smelt.compress.plan import LayerFacts
 from smelt.compress.refit import REFITS
 from smelt.compress.router import ROUTERS
+from smelt.compress.rules import NEEDS_GRADIENTS, OWN_ORDER, RULES
 from smelt.compress.similarity import find_similarity
 from smelt.errors import PlanError
 from smelt.plugins import find
 from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
 
-MERGE_ONLY = ("similarity", "align", "reference", "weights")
+MERGE_ONLY = ("similarity", "align", "reference", "weights", "rule", "repair")
 """Coordinates that say nothing to a method that drops experts."""
 
 
@@ -30,11 +31,7 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
     protected_experts(facts, recipe)
     if len(excluded) == len(facts):
         raise PlanError("every MoE layer is excluded: there is nothing to compress.")
-    if method.operator == "drop" and recipe.form != "stock":
-        raise PlanError(
-            f"method {recipe.method} drops experts, so its router loses their rows: only the stock "
-            f"form can hold that, not {recipe.form}. Set form: stock, or merge (m-smoe)."
-        )
+    _check_rule(recipe, method)
     skipped = [name for name in MERGE_ONLY if getattr(recipe, name) is not None]
     if method.operator == "drop" and skipped:
         warnings.warn(
@@ -45,6 +42,10 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
         raise PlanError("strict is a rule of the global budget. Set budget: global, or no strict.")
     if recipe.form == "stock":
         _check_stock(facts, recipe, method, excluded)
+    if recipe.hidden_units is not None:
+        _check_hidden_units(facts, recipe)
+    if recipe.decompose is not None:
+        _check_decompose(facts, recipe)
     for layer in facts:
         groups_wanted(layer, recipe)
 
@@ -53,6 +54,7 @@ def _check_names(method: Method) -> None:
     """Every coordinate names something that exists."""
     find(SCORES, method.score, "score")
     find(MERGES, method.weights, "weights")
+    find(RULES, method.rule, "rule")
     routers: dict[str, object] = {**ROUTERS, **REFITS}
     find(routers, method.router, "router")
     find_similarity(method.similarity)
@@ -81,6 +83,106 @@ def _check_stock(
         check_count(
             uniform_count(layer, recipe), layer.num_experts, layer.top_k, router_groups_of(layer)
         )
+
+
+UNITS_MULTIPLE = 16
+"""Grouped kernels want hidden sizes in multiples of this."""
+
+
+def _check_hidden_units(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
+    """Hidden units can leave an ordinary checkpoint whose experts are of one size."""
+    number = recipe.hidden_units or 0
+    if recipe.form != "stock":
+        raise PlanError(
+            f"hidden_units makes a smaller ordinary checkpoint: set form: stock, not {recipe.form}."
+        )
+    sizes = {layer.hidden_size for layer in facts}
+    if len(sizes) > 1:
+        raise PlanError(
+            f"hidden_units: the layers have experts of {sorted(sizes)} hidden units, and one "
+            "configuration field sizes them all. Leave it out."
+        )
+    most = (min(sizes) - 1) // UNITS_MULTIPLE * UNITS_MULTIPLE
+    if number % UNITS_MULTIPLE or not 0 < number <= most:
+        raise PlanError(
+            f"hidden_units = {number}: the experts have {min(sizes)}, and what is kept is a "
+            f"multiple of {UNITS_MULTIPLE}, {UNITS_MULTIPLE} to {most}."
+        )
+
+
+def _check_decompose(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
+    """Factors need the mapped form, and ranks that the matrices have."""
+    assert recipe.decompose is not None
+    if recipe.form != "mapped":
+        raise PlanError(
+            f"decomposed experts are of the mapped form, not of {recipe.form}: no ordinary "
+            "checkpoint holds factors. Set form: mapped; hidden_units shrinks the stock form."
+        )
+    if recipe.sequential:
+        raise PlanError("sequential decides as it walks, decompose over all layers. Drop one.")
+    if recipe.decompose.rank is None:
+        return
+    for layer in facts:
+        most = min(layer.model_size, layer.hidden_size)
+        if recipe.decompose.rank > most:
+            raise PlanError(
+                f"decompose.rank = {recipe.decompose.rank}: the matrices of {layer.name} are "
+                f"{layer.hidden_size} x {layer.model_size}, so no rank above {most} says more."
+            )
+
+
+def _check_rule(recipe: CompressRecipe, method: Method) -> None:
+    """The ways to make one expert of a group fit each other."""
+    if method.operator != "merge":
+        return
+    if method.reference == "others" and method.align == "activations":
+        raise PlanError(
+            "reference others is weight matching: the mean of several experts has no activations "
+            "of its own. Set align: weights, or reference: dominant."
+        )
+    if method.rule in OWN_ORDER and (method.align != "none" or method.repair):
+        raise PlanError(
+            f"rule {method.rule} matches hidden units by itself, so no unit of the result is that "
+            "of every member. Set align: none and repair: false."
+        )
+    if method.repair and method.align == "none":
+        raise PlanError(
+            "repair compares hidden units of the merged expert with those of its members, which "
+            "only aligned members have in common. Set align: weights or activations."
+        )
+    if recipe.sequential and "gradient" in method.similarity.split("*"):
+        raise PlanError(
+            "a sequential compression takes its groups from a walk of the compressed model, which "
+            "has no backward pass: similarity gradient is for one-shot plans. Leave sequential out."
+        )
+
+
+def needs_gradients(method: Method) -> bool:
+    """Whether planning or carrying the method out reads gradients."""
+    if method.operator != "merge":
+        return False
+    parts = [part.strip() for part in method.similarity.split("*")]
+    return method.rule in NEEDS_GRADIENTS or "gradient" in parts
+
+
+def check_gradients(
+    facts: Sequence[LayerFacts],
+    stats: Mapping[str, LayerStats],
+    excluded: Collection[int],
+    method: Method,
+) -> None:
+    """There are gradients where the method reads them."""
+    if not needs_gradients(method):
+        return
+    for position, layer in enumerate(facts):
+        if position not in excluded and stats[layer.name].gradient_gram is None:
+            what = (
+                f"rule {method.rule}" if method.rule in NEEDS_GRADIENTS else "similarity gradient"
+            )
+            raise PlanError(
+                f"{what} needs gradients, and the statistics hold none. Calibrate with "
+                "`smelt calibrate --gradients`."
+            )
 
 
 def check_statistics(

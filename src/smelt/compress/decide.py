@@ -10,6 +10,7 @@ from torch import Tensor
 from smelt.compress.budget import SCORES, RouterGroups, dominants_global, dominants_uniform
 from smelt.compress.check import (
     check,
+    check_gradients,
     check_statistics,
     groups_wanted,
     positions,
@@ -21,7 +22,7 @@ from smelt.compress.group import drop_others, join_most_similar
 from smelt.compress.merge import MERGES
 from smelt.compress.methods import Method, resolve
 from smelt.compress.plan import LayerFacts, LayerPlan, Plan
-from smelt.compress.predict import layer_bytes, predict
+from smelt.compress.predict import layer_bytes, predict, reshaped
 from smelt.compress.refit import REFITS, check_readable
 from smelt.compress.similarity import Evidence, find_similarity
 from smelt.errors import PlanError
@@ -58,6 +59,7 @@ def make_plan(
     excluded = positions(facts, recipe.excluded, "excluded")
     protected = protected_experts(facts, recipe)
     check_statistics(facts, stats, excluded)
+    check_gradients(facts, stats, excluded, method)
     dominants = _dominants(facts, stats, recipe, method, excluded, protected)
     layers = []
     for position, (layer, kept) in enumerate(zip(facts, dominants, strict=True)):
@@ -75,13 +77,17 @@ def make_plan(
         layers.append(
             _decided_plan(layer, recipe.form, method, kept, protected[position], evidence)
         )
+    layers = [
+        reshaped(layer, fact, recipe, is_excluded=position in excluded)
+        for position, (layer, fact) in enumerate(zip(layers, facts, strict=True))
+    ]
     return Plan(
         checkpoint=checkpoint_hash,
         statistics=statistics_hash,
         text=text_hash,
         form=recipe.form,
         method=method,
-        predicted=predict(facts, stats, layers, recipe.form, other_params, other_bytes),
+        predicted=predict(facts, stats, layers, recipe, other_params, other_bytes),
         recipe=recipe,
         layers=tuple(layers),
     )
@@ -164,6 +170,8 @@ def _decided_plan(
         router_groups=router_groups,
         align=method.align if merges else "none",
         reference=method.reference,
+        rule=method.rule if merges else "sum",
+        repair=method.repair and merges,
         router=method.router if form == "stock" else "all",
         bytes_before=before,
         bytes_after=after,

@@ -56,6 +56,8 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
                 n_group=layer.n_group,
                 topk_group=layer.topk_group,
                 min_per_router_group=layer.min_per_group,
+                has_gate=bank.gate is not None,
+                bias_params=sum(t[0].numel() for n, t in bank.tensors().items() if "bias" in n),
             )
         )
     others = [n for n in checkpoint.layout if n not in belonging]

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from smelt.compress.members import members_of
 from smelt.experts import HIDDEN_AXIS, ExpertBank, select
 
 Weighting = Callable[[Int[Tensor, " E"], Float[Tensor, " E"]], Float[Tensor, " E"]]
@@ -35,7 +36,24 @@ def plain_mean(labels: Int[Tensor, " E"], score: Float[Tensor, " E"]) -> Float[T
     return usage_weighted(labels, torch.ones_like(score))
 
 
-MERGES: dict[str, Weighting] = {"usage": usage_weighted, "mean": plain_mean}
+def best_alone(labels: Int[Tensor, " E"], score: Float[Tensor, " E"]) -> Float[Tensor, " E"]:
+    """All weight on the best expert of each group, the dominant one; ties: lower id.
+
+    Its group's tokens are redirected to it: the other reading of "pruning" in the authors' code.
+    """
+    weight = torch.zeros(len(labels), dtype=torch.float64)
+    for group in range(int(labels.max()) + 1):
+        members = torch.where(labels == group)[0]
+        best = score[members].double().numpy().argmax()  # numpy: the first of equals
+        weight[members[int(best)]] = 1.0
+    return weight
+
+
+MERGES: dict[str, Weighting] = {
+    "usage": usage_weighted,
+    "mean": plain_mean,
+    "dominant": best_alone,
+}
 """Merge weights from labels and the method's score."""
 
 
@@ -56,7 +74,7 @@ def merge_groups(
     A group of one is a copy, bit for bit. In memory besides the bank and the result: one
     tensor of one expert in float32, and one member of it.
     """
-    groups = _members(labels)
+    groups = members_of(labels)
 
     def merge(name: str, tensor: Tensor) -> Tensor:
         out = tensor.new_empty(len(groups), *tensor.shape[1:])
@@ -98,16 +116,6 @@ def _reordered(value: Tensor, axis: int, order: Int[Tensor, " F"]) -> Tensor:
         return value.index_select(axis, order.to(value.device))
     bits = value.detach().view(torch.int16) if value.itemsize == 2 else value.detach()
     return torch.from_numpy(bits.numpy().take(order.numpy(), axis)).view(value.dtype)
-
-
-def _members(labels: Int[Tensor, " E"]) -> list[list[int]]:
-    """The experts of each group, ascending; an empty group is a fault of ours."""
-    groups: list[list[int]] = [[] for _ in range(int(labels.max()) + 1)]
-    for expert, group in enumerate(labels.tolist()):
-        if group >= 0:
-            groups[group].append(expert)
-    assert all(groups), f"a group without members in {labels.tolist()}"
-    return groups
 
 
 def _group_sum(labels: Int[Tensor, " E"], value: Float[Tensor, " E"]) -> Float[Tensor, " G"]:

@@ -1,6 +1,7 @@
 """The named methods as coordinates: what a method is, is a row of this table."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from smelt.plugins import find
 from smelt.recipe import CompressRecipe
@@ -15,17 +16,33 @@ class Method:
     similarity: str = "router-logits"  # who joins whom
     budget: str = "uniform"  # "uniform": as many in every layer; "global": one for the model
     align: str = "weights"  # "weights", "activations" or "none"
-    reference: str = "dominant"  # whom members are aligned to: "dominant" or "first"
+    reference: str = "dominant"  # whom members are aligned to: "dominant", "first" or "others"
     weights: str = "usage"
+    rule: str = "sum"  # how aligned, weighted members become one: a row of RULES
+    repair: bool = False  # renormalise the merged hidden units' statistics
     router: str = "dominant"  # the router rows of a stock checkpoint
 
 
+def _m_smoe(**changes: Any) -> Method:
+    """The budget and the groups of M-SMoE, and another way to make one expert of a group."""
+    return replace(Method(operator="merge", score="count", budget="global"), **changes)
+
+
 METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:2510.13999
-    "m-smoe": Method(operator="merge", score="count", budget="global"),
+    "m-smoe": _m_smoe(),
     "m-smoe-saliency": Method(operator="merge", score="saliency", budget="global"),
     "frequency": Method(operator="drop", score="count"),
     "ean": Method(operator="drop", score="ean"),
     "reap": Method(operator="drop", score="mean-saliency"),
+    # What the M-SMoE paper compares with, on the same budget and in the same groups.
+    "prune": _m_smoe(operator="drop"),
+    "redirect": _m_smoe(align="none", weights="dominant"),
+    "average": _m_smoe(align="none", weights="mean"),
+    "zipit": _m_smoe(align="none", weights="mean", rule="zipit"),  # arXiv:2305.03053
+    "repair": _m_smoe(align="activations", weights="mean", repair=True),  # arXiv:2211.08403
+    "git-rebasin": _m_smoe(reference="others", weights="mean"),  # arXiv:2209.04836
+    "fisher": _m_smoe(weights="mean", rule="fisher"),  # arXiv:2111.09832
+    "regmean": _m_smoe(rule="regmean"),  # arXiv:2212.09849
 }
 
 

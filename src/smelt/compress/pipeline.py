@@ -2,24 +2,29 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smelt.checkpoint.factored import is_factored
 from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.sink import check_destination
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import verify as verify_files
+from smelt.checkpoint.width import hidden_field
 from smelt.compress.apply import apply
 from smelt.compress.calibrate import Progress, RoutingStats, calibrate
 from smelt.compress.card import model_card
-from smelt.compress.check import check
+from smelt.compress.check import check, needs_gradients
 from smelt.compress.decide import make_plan
 from smelt.compress.facts import Facts, bank_reader, read_facts, router_reader
+from smelt.compress.gradients import check_gradients_fit, with_gradients
+from smelt.compress.methods import resolve
 from smelt.compress.plan import Plan
 from smelt.compress.sequential import apply_sequentially
-from smelt.errors import CalibrationError
+from smelt.compress.task_batches import task_batches
+from smelt.errors import CalibrationError, PlanError
 from smelt.recipe import CalibrationRecipe, CompressRecipe
 from smelt.text import TokenBlocks, parse_source, tokenize
 
@@ -47,8 +52,13 @@ def read_text(checkpoint: Checkpoint, recipe: CalibrationRecipe) -> TokenBlocks:
     """The calibration text of a recipe as token blocks of this checkpoint's tokenizer.
 
     Raises:
-        CalibrationError: text that cannot be read, or token ids beyond the model's vocabulary.
+        CalibrationError: text that cannot be read, token ids beyond the model's vocabulary, or a
+            recipe of a task, which is no text.
     """
+    if recipe.task is not None:
+        raise CalibrationError(
+            f"task {recipe.task.name}: a text is read here. Leave task out, and name a text."
+        )
     blocks = tokenize(
         [parse_source(source) for source in recipe.text],
         checkpoint.tokenizer,
@@ -57,14 +67,29 @@ def read_text(checkpoint: Checkpoint, recipe: CalibrationRecipe) -> TokenBlocks:
         seed=recipe.seed,
         chat_template=recipe.chat_template,
     )
+    check_vocabulary(checkpoint, int(blocks.input_ids.max()))
+    return blocks
+
+
+def read_inputs(checkpoint: Checkpoint, recipe: CalibrationRecipe) -> tuple[list[Batch], str]:
+    """What a checkpoint is calibrated on, and its hash: a text, or the examples of a task."""
+    if recipe.task is not None:
+        batches, sha256 = task_batches(checkpoint, recipe.task, recipe.batch_size, recipe.seed)
+        ids = [tensor for batch in batches for n, tensor in batch.inputs.items() if "ids" in n]
+        check_vocabulary(checkpoint, max(int(tensor.max()) for tensor in ids))
+        return batches, sha256
+    blocks = read_text(checkpoint, recipe)
+    return make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed), blocks.sha256
+
+
+def check_vocabulary(checkpoint: Checkpoint, largest: int) -> None:
+    """A token id that the model does not have is a CalibrationError."""
     vocabulary = checkpoint.config.get_text_config().vocab_size
-    largest = int(blocks.input_ids.max())
     if largest >= vocabulary:
         raise CalibrationError(
             f"{checkpoint.folder}: the tokenizer gives id {largest}, the model has {vocabulary} "
             "tokens. Tokenizer and weights are of different models."
         )
-    return blocks
 
 
 def run_calibration(
@@ -74,13 +99,17 @@ def run_calibration(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Calibrated:
-    """The routing statistics of a checkpoint on the text of a recipe, in one pass."""
-    blocks = read_text(checkpoint, recipe)
-    batches = make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed)
+    """The routing statistics of a checkpoint on the text or task of a recipe, in one pass.
+
+    With `gradients`, a second pass through the whole model in memory.
+    """
+    batches, sha256 = read_inputs(checkpoint, recipe)
+    if recipe.gradients:
+        check_gradients_fit(checkpoint, batches, device)
     stats = calibrate(
         checkpoint,
         batches,
-        text=blocks.sha256,
+        text=sha256,
         device=device,
         sample_tokens=recipe.sample_tokens,
         seed=recipe.seed,
@@ -88,6 +117,8 @@ def run_calibration(
         details=recipe.model_dump(mode="json"),
         progress=progress,
     )
+    if recipe.gradients:
+        stats = with_gradients(stats, checkpoint, batches, device=device, progress=progress)
     _warn_if_few(stats)
     return Calibrated(stats, batches)
 
@@ -104,6 +135,30 @@ def _warn_if_few(stats: RoutingStats) -> None:
         )
 
 
+def is_decomposed(checkpoint: Checkpoint, facts: Facts) -> bool:
+    """Whether some layer's experts are stored as factors."""
+    modules = (checkpoint.model.get_submodule(layer.experts) for layer in facts.anatomy.layers)
+    return any(map(is_factored, modules))
+
+
+def check_possible(checkpoint: Checkpoint, facts: Facts, recipe: CompressRecipe) -> None:
+    """Refuse a compression that cannot exist, before any weight is read.
+
+    Raises:
+        PlanError: settings that do not fit each other or the checkpoint.
+        CheckpointError: a family that cannot hold the result.
+    """
+    if is_decomposed(checkpoint, facts):
+        raise PlanError(
+            f"{checkpoint.folder}: its experts are decomposed already. Compress the checkpoint it "
+            "was made from."
+        )
+    check(facts.layers, recipe)
+    if recipe.hidden_units is not None:
+        before = facts.layers[0].hidden_size
+        hidden_field(checkpoint, facts.anatomy.layers, before, recipe.hidden_units)
+
+
 def run_plan(
     checkpoint: Checkpoint, stats: RoutingStats, recipe: CompressRecipe, facts: Facts | None = None
 ) -> Plan:
@@ -114,7 +169,7 @@ def run_plan(
         CalibrationError: statistics of another checkpoint.
     """
     facts = facts or read_facts(checkpoint)
-    check(facts.layers, recipe)
+    check_possible(checkpoint, facts, recipe)
     stats.belongs_to(checkpoint)
     return make_plan(
         facts.layers,
@@ -147,7 +202,7 @@ def run_compress(
     checkpoint = Checkpoint.open(recipe.source, trust_remote_code=recipe.trust_remote_code)
     destination = check_destination(recipe.output, checkpoint.folder)
     facts = read_facts(checkpoint)
-    check(facts.layers, recipe)
+    check_possible(checkpoint, facts, recipe)
     checkpoint.check()
     if stats is not None:
         stats.belongs_to(checkpoint)
@@ -158,12 +213,7 @@ def run_compress(
     plan = run_plan(checkpoint, stats, recipe, facts)
     write = partial(_write, checkpoint, plan, destination, stats, facts, recipe, stages)
     if recipe.sequential:
-        batches = calibrated.batches or make_batches(
-            checkpoint,
-            read_text(checkpoint, recipe.calibration),
-            recipe.calibration.batch_size,
-            recipe.calibration.seed,
-        )
+        batches = calibrated.batches or read_inputs(checkpoint, recipe.calibration)[0]
         return write(partial(apply_sequentially, batches=batches, device=recipe.device))
     return write(apply)
 
@@ -202,13 +252,19 @@ def _calibrate_once(
     if stats is not None:
         return Calibrated(stats, [])
     kept = destination.with_name(destination.name + ".partial") / "smelt" / "stats"
-    wanted = recipe.calibration.model_dump(mode="json")
+    calibration = recipe.calibration
+    if needs_gradients(resolve(recipe)):
+        calibration = calibration.model_copy(update={"gradients": True})
+    wanted = calibration.model_dump(mode="json")
     if (kept / "stats.json").is_file():
         found = RoutingStats.load(kept)
         if found.checkpoint == checkpoint.fingerprint and found.details == wanted:
             return Calibrated(found, [])
     calibrated = run_calibration(
-        checkpoint, recipe.calibration, device=recipe.device, progress=stages("calibrate")
+        checkpoint, calibration, device=recipe.device, progress=stages("calibrate")
     )
     calibrated.stats.save(kept)
-    return calibrated
+    if calibrated.stats.fisher is None:
+        return calibrated
+    # Read back a layer at a time: the squared gradients are as large as the experts.
+    return replace(calibrated, stats=RoutingStats.load(kept))

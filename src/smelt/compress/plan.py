@@ -38,12 +38,33 @@ class LayerFacts:
     n_group: int = 1
     topk_group: int = 1
     min_per_router_group: int = 1
+    has_gate: bool = True
+    bias_params: int = 0  # of one expert, among `expert_params`
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns, out and in, of every matrix of one expert."""
+        D, F = self.model_size, self.hidden_size
+        gate = {"gate": (F, D)} if self.has_gate else {}
+        return {**gate, "up": (F, D), "down": (D, F)}
+
+    @property
+    def bytes_per_param(self) -> int:
+        """Of an expert's weights on disk."""
+        return self.expert_bytes // self.expert_params
 
 
 class _Strict(BaseModel):
     """Frozen; nothing unknown, nothing converted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class MatrixFactors(_Strict):
+    """One matrix of every expert of a layer: U V of some rank, and whole rows of S."""
+
+    rank: int
+    rows: tuple[int, ...] | None = None  # kept in each stored expert; None: not decided yet
 
 
 class LayerPlan(_Strict):
@@ -61,7 +82,11 @@ class LayerPlan(_Strict):
     router_groups: int = 1  # runs of experts that no group crosses
     align: str
     reference: str
+    rule: str = "sum"
+    repair: bool = False
     router: str
+    factors: dict[str, MatrixFactors] | None = None  # by matrix: gate, up, down; None: stay whole
+    hidden_units: int | None = None  # F of the stored experts, where some are dropped
     bytes_before: int  # experts, router rows and the map, on disk
     bytes_after: int
 
@@ -93,7 +118,8 @@ class Predicted(_Strict):
     params_before: int
     params_after: int
     bytes_before: int
-    bytes_after: int
+    bytes_after: int  # at most
+    bytes_after_least: int | None = None  # while the rows of S are not decided; None: exact
     moe_flops_per_token_before: int  # 2 per weight used: the chosen experts and the router
     moe_flops_per_token_after: int  # choices of one group run once, at the rate of the sample
 

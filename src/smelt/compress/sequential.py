@@ -18,10 +18,9 @@ from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.sink import Sink
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Stage, Walk, put
+from smelt.checkpoint.width import hidden_field, with_field
 from smelt.compress.align import Aligner
 from smelt.compress.apply import (
-    Changed,
-    Compressor,
     check_plan,
     finish,
     new_config,
@@ -32,6 +31,7 @@ from smelt.compress.apply import (
 from smelt.compress.calibrate import Collector, Progress, RoutingStats, last_block
 from smelt.compress.decide import layer_seed, regroup
 from smelt.compress.facts import Facts, bank_reader, router_reader
+from smelt.compress.layer import Changed, Compressor
 from smelt.compress.plan import LayerPlan, Plan
 from smelt.compress.similarity import Evidence
 from smelt.routing import LayerStats
@@ -79,7 +79,7 @@ def apply_sequentially(
             progress(name or "the rest", index + 1, len(stages))
 
     with Aligner(workers) as aligner:
-        compressor = Compressor(checkpoint, facts, plan, aligner)
+        compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
 
         @contextlib.contextmanager
         def visit(stage: Stage) -> Iterator[None]:
@@ -128,6 +128,9 @@ def _twin(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> PreTrainedModel:
         return skeleton.build(mapped.model_class(config), config, checkpoint.dtype)
     before, after = plan.layers[0].num_experts, plan.layers[0].num_groups
     config = resized(checkpoint.config, before, after)
+    if (units := plan.layers[0].hidden_units) is not None:
+        layers, whole = facts.anatomy.layers, facts.layers[0].hidden_size
+        config = with_field(config, hidden_field(checkpoint, layers, whole, units), units)
     return skeleton.build(checkpoint.cls, config, checkpoint.dtype)
 
 

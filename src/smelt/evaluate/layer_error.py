@@ -12,9 +12,9 @@ from smelt.checkpoint.anatomy import resized
 from smelt.checkpoint.bind import MoeLayer, is_module_dict
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.align import Aligner
-from smelt.compress.apply import Compressor
 from smelt.compress.calibrate import Progress, RoutingStats
 from smelt.compress.facts import Facts
+from smelt.compress.layer import Compressor
 from smelt.compress.plan import LayerPlan, Plan
 from smelt.evaluate.layers import group_of, ratio
 from smelt.evaluate.walks import weights_in
@@ -54,7 +54,7 @@ def layer_errors(
     errors: dict[str, float] = {}
     router = _NewRouter(checkpoint, plan) if plan.form == "stock" else None
     with Aligner(workers) as aligner:
-        compressor = Compressor(checkpoint, facts, plan, aligner)
+        compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
         for number, layer in enumerate(facts.anatomy.layers):
             decided = plan.layer(layer.name)
             if decided.operator == "keep":

@@ -44,7 +44,7 @@ class Searched:
     def trial(self, search: Search, rate: float) -> tuple[str, TrainRecipe]:
         """Name and recipe of the trial of one rate: a short run with the same shape of schedule."""
         recipe = self.recipe
-        a_step = recipe.batch_size * recipe.text.sequence_length
+        a_step = recipe.batch_size * recipe.sequence_length
         steps = max(1, round(search.tokens / a_step))
         short = {
             "learning_rate": rate,
@@ -106,8 +106,8 @@ def _recipe(
         return recipe
     plain = study.recipe(part, variant, {"": {}, **dict(part.points())}[other], **more)
     share = training_flops_per_token(plain) / training_flops_per_token(recipe)
-    a_step = recipe.batch_size * recipe.text.sequence_length
-    plain_step = plain.batch_size * plain.text.sequence_length
+    a_step = recipe.batch_size * recipe.sequence_length
+    plain_step = plain.batch_size * plain.sequence_length
     steps = max(1, round(plain.steps * plain_step * share / a_step))
     warmup = round(plain.warmup_steps * steps / plain.steps)
     return _with(recipe, steps=steps, warmup_steps=warmup)
@@ -115,7 +115,7 @@ def _recipe(
 
 def training_flops_per_token(recipe: TrainRecipe) -> int:
     """Three times a forward in the middle of a sequence: forward and backward of every product."""
-    return 3 * model_config(recipe).flops_per_token(recipe.text.sequence_length // 2)
+    return 3 * model_config(recipe).flops_per_token(recipe.sequence_length // 2)
 
 
 def model_config(recipe: TrainRecipe) -> SaMoEConfig:

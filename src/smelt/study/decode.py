@@ -35,7 +35,7 @@ def measure_decode(
     for row in rows:
         batches = evaluation_of(study, row.part).decode_batches
         cell = row.runs[min(row.runs)].cell
-        group = groups.setdefault((batches, row.recipe.text.sequence_length // 2), [])
+        group = groups.setdefault((batches, row.recipe.sequence_length // 2), [])
         if cell not in group and not row.is_twin:
             group.append(cell)
     path = store.folder / "decode.json"

@@ -37,9 +37,9 @@ def listing(study: StudyRecipe, only: str | None = None) -> list[dict[str, Any]]
 
 def _row(name: str, recipe: TrainRecipe, rate: float | None, state: str) -> dict[str, Any]:
     row: dict[str, Any] = {"run": name, "learning rate": rate, "steps": recipe.steps}
-    row["tokens"] = recipe.steps * recipe.batch_size * recipe.text.sequence_length
+    row["tokens"] = recipe.steps * recipe.batch_size * recipe.sequence_length
     if recipe.model.model_type == "samoe":
         config = model_config(recipe)
         row["parameters"] = config.num_params()
-        row["FLOPs/token"] = config.flops_per_token(recipe.text.sequence_length // 2)
+        row["FLOPs/token"] = config.flops_per_token(recipe.sequence_length // 2)
     return row | {"state": state}

@@ -78,18 +78,19 @@ class Row:
         """Of a forward in the middle of a training sequence."""
         if self.config is None:
             return None
-        return self.config.flops_per_token(self.recipe.text.sequence_length // 2)
+        return self.config.flops_per_token(self.recipe.sequence_length // 2)
 
     @property
     def tokens(self) -> int:
         """Trained on, repeats counted."""
         recipe = self.recipe
-        return recipe.steps * recipe.batch_size * recipe.text.sequence_length
+        return recipe.steps * recipe.batch_size * recipe.sequence_length
 
     @property
     def is_comparable_with(self) -> tuple[object, ...]:
         """Equal for rows whose losses may be compared: text, objective and training tokens."""
         recipe = self.recipe
+        assert recipe.text is not None
         text = recipe.text.model_dump_json(exclude={"cache"})
         return (recipe.objective, recipe.tokenizer.model_dump_json(), text, self.tokens)
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from smelt.errors import RecipeError
 from smelt.recipe import dump_recipe
@@ -24,7 +24,21 @@ _GRACE = 20.0
 WORK = (sys.executable, "-m", "smelt.study.work")
 """The command of a job; its words follow."""
 
-OnJob = Callable[[Job, str, float], None]
+
+class AnyJob(Protocol):
+    """What is run in a process of its own."""
+
+    @property
+    def id(self) -> str:
+        """Where it lies in the store."""
+
+    @property
+    def name(self) -> str:
+        """Unique among jobs."""
+
+
+JobT = TypeVar("JobT", bound=AnyJob)
+OnJob = Callable[[JobT, str, float], None]
 """Told the job, "started", "done" or why it failed, and its seconds."""
 
 
@@ -37,8 +51,8 @@ class Ran:
 
 
 @dataclass(frozen=True)
-class _Running:
-    job: Job
+class _Running(Generic[JobT]):
+    job: JobT
     process: subprocess.Popen[bytes]
     begin: float
 
@@ -49,7 +63,7 @@ def run_study(
     only: str | None = None,
     jobs: int = 2,
     threads: int = 1,
-    on_job: OnJob = lambda job, what, seconds: None,
+    on_job: OnJob[Job] = lambda job, what, seconds: None,
 ) -> Ran:
     """Do all of a study that is not done yet.
 
@@ -69,25 +83,72 @@ def run_study(
     """
     check_part(study, only)
     store = Store(study.output)
+
+    def begin() -> None:
+        check_settings(study, store)
+        dump_recipe(study, store.folder / "study.yaml")
+
+    def settle(job: Job) -> None:
+        is_over = job.kind == "evaluate" or not store.lacking(job.id, job.evaluation)
+        if job.kind != "trial" and is_over and study.keep == "last":
+            slim(store.run(job.id), is_trial=False)
+
+    return carry_out(
+        store,
+        lambda: ready(study, store, only),
+        lambda job: _words(job, store),
+        settle,
+        begin=begin,
+        jobs=jobs,
+        threads=threads,
+        on_job=on_job,
+    )
+
+
+def carry_out(
+    store: Store,
+    next_jobs: Callable[[], list[JobT]],
+    words: Callable[[JobT], list[str]],
+    settle: Callable[[JobT], None],
+    *,
+    begin: Callable[[], None] = lambda: None,
+    jobs: int = 2,
+    threads: int = 1,
+    on_job: OnJob[JobT] = lambda job, what, seconds: None,
+) -> Ran:
+    """Do jobs in processes of their own until none is left; each is tried once.
+
+    Args:
+        store: the folder, which nobody else may run in meanwhile.
+        next_jobs: those whose ground is laid and which are not done, by what is on disk.
+        words: the command of a job; writes the file that it reads.
+        settle: what is left to do when a job has succeeded.
+        begin: called once the folder is ours.
+        jobs: processes at a time.
+        threads: of each process.
+        on_job: told of every beginning and end.
+
+    Raises:
+        RecipeError: another process is running in the folder.
+    """
     store.folder.mkdir(parents=True, exist_ok=True)
     ran = Ran()
     tried: set[str] = set()
-    pool: list[_Running] = []
+    pool: list[_Running[JobT]] = []
     with _alone(store) as lock:
-        check_settings(study, store)
-        dump_recipe(study, store.folder / "study.yaml")
+        begin()
         try:
             while True:
-                for job in ready(study, store, only) if len(pool) < jobs else ():
+                for job in next_jobs() if len(pool) < jobs else ():
                     if len(pool) < jobs and job.name not in tried:
                         tried.add(job.name)
-                        pool.append(_start(job, store, threads, lock))
+                        pool.append(_start(job, words(job), store, threads, lock))
                         on_job(job, "started", 0.0)
                 if not pool:
                     return ran
                 for one in _ended(pool):
                     pool.remove(one)
-                    _settle(one, study, store, ran, on_job)
+                    _settle(one, store, ran, settle, on_job)
         finally:
             _stop(pool)
 
@@ -113,7 +174,7 @@ def check_settings(study: StudyRecipe, store: Store) -> None:
                     store.check(*one.trial(study.search, rate))
 
 
-def _start(job: Job, store: Store, threads: int, lock: int) -> _Running:
+def _words(job: Job, store: Store) -> list[str]:
     recipe = job.recipe.model_copy(update={"output": str(store.run(job.id))})
     path = store.beside(job.id, "yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +182,10 @@ def _start(job: Job, store: Store, threads: int, lock: int) -> _Running:
     words = [*WORK, job.kind, str(path)]
     if job.kind == "evaluate":
         words.append(json.dumps(job.evaluation.model_dump(mode="json")))
+    return words
+
+
+def _start(job: JobT, words: list[str], store: Store, threads: int, lock: int) -> _Running[JobT]:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -140,7 +205,7 @@ def _start(job: Job, store: Store, threads: int, lock: int) -> _Running:
     return _Running(job, process, time.perf_counter())
 
 
-def _ended(pool: list[_Running]) -> list[_Running]:
+def _ended(pool: list[_Running[JobT]]) -> list[_Running[JobT]]:
     """Wait until one has ended."""
     while True:
         ended = [one for one in pool if one.process.poll() is not None]
@@ -149,7 +214,13 @@ def _ended(pool: list[_Running]) -> list[_Running]:
         time.sleep(0.05)
 
 
-def _settle(one: _Running, study: StudyRecipe, store: Store, ran: Ran, on_job: OnJob) -> None:
+def _settle(
+    one: _Running[JobT],
+    store: Store,
+    ran: Ran,
+    settle: Callable[[JobT], None],
+    on_job: OnJob[JobT],
+) -> None:
     job, code = one.job, one.process.returncode
     assert one.process.stdin is not None
     one.process.stdin.close()
@@ -157,9 +228,7 @@ def _settle(one: _Running, study: StudyRecipe, store: Store, ran: Ran, on_job: O
     if code == 0:
         store.forgive(job.id)
         ran.done.append(job.name)
-        is_over = job.kind == "evaluate" or not store.lacking(job.id, job.evaluation)
-        if job.kind != "trial" and is_over and study.keep == "last":
-            slim(store.run(job.id), is_trial=False)
+        settle(job)
         on_job(job, "done", seconds)
         return
     log = store.beside(job.id, "log")
@@ -171,7 +240,7 @@ def _settle(one: _Running, study: StudyRecipe, store: Store, ran: Ran, on_job: O
     on_job(job, message, seconds)
 
 
-def _stop(pool: list[_Running]) -> None:
+def _stop(pool: list[_Running[JobT]]) -> None:
     """End what still runs; it goes on from its last checkpoint the next time."""
     for one in pool:
         one.process.terminate()

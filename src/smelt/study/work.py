@@ -11,9 +11,6 @@ import threading
 import traceback
 from pathlib import Path
 
-DIVERGED = "Training stopped at step"
-"""How the trainer's message of a loss that is no number begins."""
-
 
 def main(words: list[str]) -> int:
     """Do one job; returns the exit code: 0 done, 2 the input is at fault, 1 our mistake.
@@ -43,17 +40,17 @@ def main(words: list[str]) -> int:
 
 
 def _train(path: Path, *, is_trial: bool) -> None:
-    from smelt.errors import SmeltError
     from smelt.recipe import load_recipe
     from smelt.study.store import slim, write
+    from smelt.train.faults import DivergedError
     from smelt.train.settings import TrainRecipe
     from smelt.train.trainer import train
 
     recipe = load_recipe(path, TrainRecipe)
     try:
         train(recipe)
-    except SmeltError as error:
-        if not is_trial or not str(error).startswith(DIVERGED):
+    except DivergedError as error:
+        if not is_trial:
             raise
         write(path.with_name(path.name.removesuffix("yaml") + "json"), {"diverged": str(error)})
         return
