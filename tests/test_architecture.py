@@ -59,6 +59,9 @@ PURE = (
     "smelt.compress.decompose",
     "smelt.compress.ranks",
     "smelt.compress.grams",
+    "smelt.compress.units",
+    "smelt.train.distill",
+    "smelt.train.sparsify",
 )
 """Algorithms over tensors: testable in milliseconds, on a machine without transformers."""
 
@@ -326,6 +329,7 @@ RECIPES = {
     "compress": ("smelt.recipe", "CompressRecipe"),
     "train": ("smelt.train.settings", "TrainRecipe"),
     "tasks": ("smelt.train.settings", "TrainRecipe"),
+    "heal": ("smelt.train.heal_settings", "HealRecipe"),
     "study": ("smelt.study.settings", "StudyRecipe"),
 }
 """What the YAML files of each folder under recipes/ are."""
@@ -346,6 +350,8 @@ def test_every_recipe_parses_and_reads_back_as_it_was_written(path, tmp_path):
     from smelt.recipe import dump_recipe, load_recipe
 
     module, name = RECIPES[path.parts[1]]
+    if re.search(r"^kind: comparison$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE):
+        module, name = "smelt.comparison.settings", "ComparisonRecipe"
     settings = getattr(importlib.import_module(module), name)
     recipe = load_recipe(ROOT / path, settings)
     dump_recipe(recipe, tmp_path / "written.yaml")

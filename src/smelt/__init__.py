@@ -4,8 +4,8 @@
 
     compress("Qwen3-30B-A3B", "small", experts=64)
 
-`smelt.api` has the functions `inspect`, `calibrate`, `plan`, `apply`, `compress` and `evaluate`; a
-mistake of the caller's raises `SmeltError`. Importing smelt lets transformers' Auto classes load
+`smelt.api` has a function for each command (`inspect`, `compress`, `evaluate`, `train`, `heal`, …);
+a mistake of the caller's raises `SmeltError`. Importing smelt lets transformers' Auto classes load
 checkpoints of the mapped form and SaMoE models.
 """
 

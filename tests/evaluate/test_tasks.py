@@ -28,9 +28,9 @@ from checkpoints import save
 from commands import make_source, tokenizer
 from commands import smelt as run_smelt
 from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.whole import load_model
 from smelt.errors import CheckpointError, RecipeError, SmeltError
 from smelt.evaluate import task_table, tasks
-from smelt.evaluate.task_model import load_model
 from smelt.evaluate.tasks import TASKS, evaluate_tasks, read_items
 
 ARC = {"label": ["A", "B", "C"], "text": ["rain", "a stone", "the sun"]}

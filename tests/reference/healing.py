@@ -52,7 +52,7 @@ def kept_rows(importances, lengths, share):
     used = 0
     for _, place, g, o in sorted(rows):
         used += lengths[place]
-        if used > round(share * total):
+        if used > share * total * (1 + 1e-12):
             break
         masks[place][g, o] = True
     return masks

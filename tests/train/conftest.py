@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 
+from healing_material import settings_of
 from smelt.recipe import check_recipe
 from smelt.train.trainer import TrainRecipe, train
 
@@ -86,3 +87,19 @@ def read_log():
         return [[line[name] for name in names] for line in found if names[-1] in line]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Where the students and teachers of healing lie, each made when it is first asked for."""
+    return tmp_path_factory.mktemp("healing")
+
+
+@pytest.fixture
+def values(folder, tmp_path):
+    """Of a form and a family: the settings of a healing run into this test's folder."""
+
+    def make(form="mapped", family="qwen3_moe", **changes):
+        return {**settings_of(folder, form, family), "output": str(tmp_path / "out"), **changes}
+
+    return make

@@ -30,7 +30,9 @@ def heal(
     text: options.Texts = None,
     held_out: Annotated[
         list[str] | None,
-        typer.Option("--held-out", help="Text to measure on, python:held-out by default. Repeat for more."),
+        typer.Option(
+            "--held-out", help="Text to measure on, python:held-out by default. Repeat for more."
+        ),
     ] = None,
     tokens: options.Tokens = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Steps of training [300].")] = None,

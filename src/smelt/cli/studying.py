@@ -8,13 +8,20 @@ import typer
 
 from smelt.cli import options
 from smelt.cli.screen import Screen, Stopped, clock
+from smelt.errors import RecipeError
 
 if TYPE_CHECKING:
     from smelt.study.settings import StudyRecipe
 
 
 def study(
-    recipe: Annotated[Path, typer.Argument(help="A study, such as recipes/study/samoe.yaml.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A study of training (recipes/study/samoe.yaml) or, with kind: comparison, of "
+            "compression (recipes/study/mc-smoe.yaml)."
+        ),
+    ],
     only: Annotated[str | None, typer.Option("--only", help="One part of it.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Cells at a time.")] = 2,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of each cell.")] = 1,
@@ -23,6 +30,13 @@ def study(
     ] = False,
     decode: Annotated[
         bool, typer.Option("--decode", help="With --table: measure decode steps, interleaved.")
+    ] = False,
+    latency: Annotated[
+        bool,
+        typer.Option(
+            "--latency",
+            help="With --table, of a comparison: measure forwards, steps and memory, interleaved.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: list every cell and where it stands.")
@@ -37,9 +51,28 @@ def study(
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from smelt.recipe import load_recipe
+    from smelt.recipe import load_recipe, read_values
     from smelt.study.settings import StudyRecipe
 
+    if "kind" in read_values(recipe, StudyRecipe):
+        from smelt.cli.comparing import compare
+        from smelt.comparison.settings import ComparisonRecipe
+
+        if decode:
+            raise RecipeError("--decode is of studies of training; a comparison has --latency.")
+        compare(
+            screen,
+            load_recipe(recipe, ComparisonRecipe, settings or ()),
+            only,
+            jobs=jobs,
+            threads=threads,
+            table=table,
+            latency=latency,
+            dry_run=dry_run,
+        )
+        return
+    if latency:
+        raise RecipeError("--latency is of comparisons; a study of training has --decode.")
     read = load_recipe(recipe, StudyRecipe, settings or ())
     if dry_run:
         _list(screen, read, only)

@@ -92,8 +92,15 @@ def factored(
         for expert, number in enumerate(rows):
             mask[expert, scores[expert].argsort(descending=True, stable=True)[:number]] = True
         packed[name] = pack(matrices_of(bank)[name], u, v, mask.to(u.device))
-    biases = {name: getattr(bank, name) for name in ("up_bias", "gate_bias", "down_bias")}
-    return FactorBank(**packed, **biases, activation=bank.activation)
+    return FactorBank(
+        up=packed["up"],
+        down=packed["down"],
+        gate=packed.get("gate"),
+        up_bias=bank.up_bias,
+        gate_bias=bank.gate_bias,
+        down_bias=bank.down_bias,
+        activation=bank.activation,
+    )
 
 
 @dataclass(frozen=True)

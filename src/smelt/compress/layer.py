@@ -49,6 +49,7 @@ class Compressor:
         self.plan = plan
         self.aligner = aligner
         self.fisher = fisher
+        self.orders: dict[str, Tensor] = {}  # where layers are merged more than once
 
     def compress(self, layer: MoeLayer, plan: LayerPlan, stats: LayerStats | None) -> Changed:
         """The layer as the plan has it, in the form the plan has."""
@@ -103,17 +104,7 @@ class Compressor:
             return bank
         if plan.operator == "drop":
             return keep(bank, dominants)
-        order = None
-        if plan.align != "none":
-            cost = weight_cost
-            if plan.align == "activations":
-                cost = activation_cost(_needed(stats, "activation matching"))  # type: ignore[assignment]
-            if plan.reference == "others":
-                order = merge_many(bank, labels, dominants, self.aligner)
-            else:
-                order = self.aligner.orders(
-                    bank, labels, dominants, reference=plan.reference, cost=cost
-                )
+        order = self._order(plan, bank, stats, labels, dominants)
         weights = torch.tensor(plan.weights, dtype=torch.float64)
         if needs_tokens(plan.rule, repaired=plan.repair):
             stats = _needed(stats, f"rule {plan.rule}" if plan.rule != "sum" else "repair")
@@ -127,6 +118,30 @@ class Compressor:
             stats=stats,
             fisher=self._fisher_of(layer) if plan.rule in NEEDS_GRADIENTS else None,
         )
+
+    def _order(
+        self,
+        plan: LayerPlan,
+        bank: ExpertBank,
+        stats: LayerStats | None,
+        labels: Tensor,
+        dominants: Tensor,
+    ) -> Tensor | None:
+        """The hidden units of each expert as its group's reference has them; None: as stored."""
+        if plan.align == "none" or plan.name in self.orders:
+            return self.orders.get(plan.name)
+        cost = weight_cost
+        if plan.align == "activations":
+            cost = activation_cost(_needed(stats, "activation matching"))  # type: ignore[assignment]
+        if plan.reference == "others":
+            order = merge_many(bank, labels, dominants, self.aligner)
+        else:
+            order = self.aligner.orders(
+                bank, labels, dominants, reference=plan.reference, cost=cost
+            )
+        if self.plan.recipe.decompose is not None:
+            self.orders[plan.name] = order
+        return order
 
     def _fisher_of(self, layer: MoeLayer) -> Mapping[str, Tensor]:
         if self.fisher is None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.whole import load_model
 from smelt.compress.pipeline import Stages, read_text, silent
 from smelt.evaluate.compare import Compared, compare
 from smelt.evaluate.fidelity import Fidelity, fidelity
 from smelt.evaluate.results import Result, Setting
-from smelt.evaluate.task_model import load_model
 from smelt.evaluate.tasks import Items, TaskScore, ask_items
+from smelt.evaluate.text2text import Asked, Benchmark, ask_benchmark
 from smelt.recipe import CalibrationRecipe
 
 
@@ -25,6 +26,7 @@ class Evaluation:
     """Of each that was compared; None: it is the original, or none was given."""
     results: list[Result] = field(default_factory=list)  # every number, with what repeats it
     tasks: dict[str, list[TaskScore]] = field(default_factory=dict)  # by the checkpoint's name
+    benchmarks: dict[str, list[Benchmark]] = field(default_factory=dict)  # likewise
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per checkpoint that was compared."""
@@ -115,4 +117,29 @@ def measure_tasks(
         )
         found.tasks[name] = scores
         found.results.extend(one.record(checkpoint, seed=seed, device=device) for one in scores)
+    return found
+
+
+def measure_benchmarks(
+    checkpoints: Sequence[Checkpoint],
+    names: Sequence[str],
+    asked: Sequence[Asked],
+    *,
+    max_input: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    stages: Stages = silent,
+) -> Evaluation:
+    """The answers of encoder–decoder checkpoints, one whole model in memory at a time."""
+    found = Evaluation()
+    for checkpoint, name in zip(checkpoints, names, strict=True):
+        model = load_model(checkpoint, device)
+        found.benchmarks[name] = [
+            ask_benchmark(
+                model, checkpoint.tokenizer, one, max_input=max_input, progress=stages(name)
+            )
+            for one in asked
+        ]
+        for one in found.benchmarks[name]:
+            found.results.extend(one.records(checkpoint, seed=seed, device=device))
     return found

@@ -1,4 +1,4 @@
-"""A whole checkpoint in memory, and what a model must be to be asked."""
+"""What a model must be to be asked, and how it is while it is."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,32 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from smelt.checkpoint.device import check_device
-from smelt.checkpoint.source import Checkpoint
-from smelt.checkpoint.walk import put
 from smelt.errors import CheckpointError
-
-
-def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:
-    """The model with all its weights, in the type that the checkpoint computes in.
-
-    Weights are read as the walk reads them, so quantised ones are dequantised. The whole model is
-    in memory, unlike in everything else that smelt does.
-
-    Raises:
-        CheckpointError: a parameter is missing or has another shape.
-    """
-    place = check_device(device)
-    checkpoint.check()
-    model = checkpoint.skeleton()
-    for name in checkpoint.state:
-        if checkpoint.stored_name(name) is not None:  # a buffer that is not stored is there already
-            put(model, name, checkpoint.read(name), place)
-    model.tie_weights()
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(place)
-    return model
 
 
 def check_model(model: PreTrainedModel, tokenizer: Any) -> None:

@@ -7,7 +7,6 @@ downloaded. docs/evaluation.md has the protocol and the prompts.
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +23,7 @@ from smelt.errors import RecipeError, SmeltError
 from smelt.evaluate.results import Result, Setting, record
 from smelt.evaluate.task_model import check_model, evaluating
 from smelt.evaluate.task_table import TASKS, Row, Task
+from smelt.text2text.files import data_folder
 
 BATCH_SIZE = 32
 """Sequences at a time. Models of a million parameters on one thread take as long with 16 or 128."""
@@ -126,7 +126,7 @@ def read_items(
         raise RecipeError(
             f"limit = {limit}: at least one item of a task is asked. Leave it out to ask all."
         )
-    folder = _data_folder(data)
+    folder = data_folder(data)
     return [_read(name, folder, limit) for name in dict.fromkeys(tasks)]
 
 
@@ -191,19 +191,6 @@ def _scores(harness: ModuleType, items: Items, asked: Any) -> list[TaskScore]:
                 )
             )
     return scores
-
-
-def _data_folder(data: str | Path | None) -> Path:
-    named = os.environ.get("SMELT_DATA") if data is None else str(data)
-    if not named:
-        raise RecipeError(
-            "Task files are read from a local folder, and none is named. Set SMELT_DATA to it: "
-            "it holds <task>/<split>.jsonl.gz (docs/evaluation.md)."
-        )
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
-        raise RecipeError(f"{named}: there is no such folder of task files. Mend SMELT_DATA.")
-    return folder
 
 
 def _read(name: str, folder: Path, limit: int | None) -> Items:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -18,18 +19,22 @@ def main(words: list[str]) -> int:
     Args:
         words: the kind of job, its file beside the run, what is evaluated (as JSON).
     """
+    kind, recipe, *rest = words
+    if kind == "evaluate":
+        return guarded(lambda: _evaluate(Path(recipe), rest[0]))
+    return guarded(lambda: _train(Path(recipe), is_trial=kind == "trial"))
+
+
+def guarded(job: Callable[[], None]) -> int:
+    """Do a job in a process that ends with its parent; returns the exit code, as of `main`."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     from smelt.errors import SmeltError
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    kind, recipe, *rest = words
     try:
-        if kind == "evaluate":
-            _evaluate(Path(recipe), rest[0])
-        else:
-            _train(Path(recipe), is_trial=kind == "trial")
+        job()
     except SmeltError as error:
         sys.stderr.write(f"smelt: error: {error}\n")
         return 2

@@ -1,7 +1,7 @@
 """Span corruption: what an encoder–decoder model is trained, calibrated and evaluated on."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 
 import torch
@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from smelt.errors import CalibrationError
 from smelt.text.blocks import TokenBlocks
+from smelt.text.cloze import cloze_questions
+from smelt.text.recurring import Span, recurring_clusters, recurring_spans
 
 IGNORED = -100  # a label that is not predicted
+NUM_QUESTIONS = 4  # about a sequence, where it is asked about
 
 
 @dataclass(frozen=True)
@@ -67,38 +70,107 @@ def span_corruption(
     Source: T5, arXiv:1910.10683, §3.1.4. Differs from T5's code in that spans are not merged
     across rows, and no end-of-sequence token is added.
     """
-    if len(sentinel_ids) < 2 or not 0 < density < 1 or mean_span < 1:
-        raise CalibrationError(
-            f"Span corruption with {len(sentinel_ids)} sentinels, density {density}, mean span "
-            f"{mean_span}: at least 2 sentinels, a density in (0, 1) and spans of 1 are needed."
-        )
-    generator = torch.Generator().manual_seed(seed)
-    inputs: list[Tensor] = []
-    labels: list[Tensor] = []
-    for ids, mask in zip(blocks.input_ids, blocks.mask, strict=True):
-        tokens = ids[mask]
-        if len(tokens) < 3:
-            continue
-        num_cut = min(max(round(len(tokens) * density), 1), len(tokens) - 1)
-        num_spans = max(round(num_cut / mean_span), 1)
-        num_spans = min(num_spans, len(sentinel_ids) - 1, len(tokens) - num_cut)
-        spans = _composition(num_cut, num_spans, generator)
-        gaps = _composition(len(tokens) - num_cut, num_spans, generator)
-        kept, cut, at = [], [], 0
-        for sentinel, gap, span in zip(sentinel_ids, gaps, spans, strict=False):
-            mark = torch.tensor([sentinel])
-            kept += [tokens[at : at + gap], mark]
-            cut += [mark, tokens[at + gap : at + gap + span]]
-            at += gap + span
-        inputs.append(torch.cat(kept))
-        labels.append(torch.cat([*cut, torch.tensor([sentinel_ids[num_spans]])]))
-    if not inputs:
-        raise CalibrationError("No sequence has three tokens: nothing to cut spans out of.")
-    input_ids, mask = _rows(inputs, pad_id)
-    label_ids, decoder_mask = _rows(labels, IGNORED)
-    shifted = label_ids.roll(1, dims=1).masked_fill(~decoder_mask, pad_id)
-    shifted[:, 0] = start_id
-    return SpanBlocks(input_ids, mask, shifted, decoder_mask, label_ids)
+    corruption = Corruption(
+        tuple(sentinel_ids), density=density, mean_span=mean_span, pad_id=pad_id, start_id=start_id
+    )
+    return corruption.of_blocks(blocks, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Which sequences are corrupted otherwise than in random spans; where one cannot be, it is.
+
+    Source: of recurring spans `smelt.text.recurring`, of cloze questions `smelt.text.cloze`.
+    """
+
+    recurring: float  # share of the sequences of which spans are cut out that occur a second time
+    cloze: float  # share of the sequences that get questions about themselves
+    starts_word: Sequence[bool]  # of every token, whether a word may begin with it
+    common: Collection[int]  # tokens that stand for nothing in particular
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """How sequences are corrupted; arguments as of `span_corruption`."""
+
+    sentinel_ids: tuple[int, ...]
+    _: KW_ONLY
+    density: float
+    mean_span: float
+    pad_id: int = 0
+    start_id: int = 0
+    mixture: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.sentinel_ids) < 2 or not 0 < self.density < 1 or self.mean_span < 1:
+            raise CalibrationError(
+                f"Span corruption with {len(self.sentinel_ids)} sentinels, density {self.density}, "
+                f"mean span {self.mean_span}: at least 2 sentinels, a density in (0, 1) and spans "
+                "of 1 are needed."
+            )
+
+    def of_blocks(self, blocks: TokenBlocks, seed: int) -> SpanBlocks:
+        """All sequences of a text, corrupted one after the other."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens = [ids[mask] for ids, mask in zip(blocks.input_ids, blocks.mask, strict=True)]
+        pairs = [
+            self.of_one(own, generator, (seed, row))
+            for row, own in enumerate(tokens)
+            if len(own) >= 3
+        ]
+        if not pairs:
+            raise CalibrationError("No sequence has three tokens: nothing to cut spans out of.")
+        return self.together(pairs)
+
+    def of_one(
+        self, tokens: Int[Tensor, " T"], generator: torch.Generator, seed: Sequence[int]
+    ) -> tuple[Int[Tensor, " K"], Int[Tensor, " U"]]:
+        """What is read and what is predicted of one sequence.
+
+        Args:
+            tokens: three at least.
+            generator: of the spans.
+            seed: of cloze questions.
+        """
+        num_cut = min(max(round(len(tokens) * self.density), 1), len(tokens) - 1)
+        spans: list[Span] = []
+        if (own := self.mixture) is not None:
+            drawn = float(torch.rand((), generator=generator))
+            if drawn < own.cloze:
+                asked = cloze_questions(
+                    tokens.tolist(),
+                    sentinel_ids=self.sentinel_ids,
+                    starts_word=own.starts_word,
+                    common=own.common,
+                    num_questions=NUM_QUESTIONS,
+                    seed=seed,
+                )
+                if asked is not None:
+                    return torch.tensor(asked.input_ids), torch.tensor(asked.labels)
+            elif drawn < own.cloze + own.recurring:
+                spans = recurring_spans(
+                    recurring_clusters(
+                        tokens.tolist(), starts_word=own.starts_word, common=own.common
+                    ),
+                    max_tokens=num_cut,
+                    max_spans=len(self.sentinel_ids) - 1,
+                    generator=generator,
+                )
+        if not spans:
+            num_spans = max(round(num_cut / self.mean_span), 1)
+            num_spans = min(num_spans, len(self.sentinel_ids) - 1, len(tokens) - num_cut)
+            spans = _random_spans(len(tokens), num_cut, num_spans, generator)
+        return _cut(tokens, spans, self.sentinel_ids)
+
+    def together(
+        self, pairs: Sequence[tuple[Int[Tensor, " _k"], Int[Tensor, " _u"]]]
+    ) -> SpanBlocks:
+        """Corrupted sequences in rows of one length."""
+        input_ids, mask = _rows([read for read, _ in pairs], self.pad_id)
+        label_ids, decoder_mask = _rows([cut for _, cut in pairs], IGNORED)
+        shifted = label_ids.roll(1, dims=1).masked_fill(~decoder_mask, self.pad_id)
+        shifted[:, 0] = self.start_id
+        return SpanBlocks(input_ids, mask, shifted, decoder_mask, label_ids)
 
 
 def sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -108,6 +180,33 @@ def sentinels(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     while (token := vocab.get(f"<extra_id_{len(found)}>")) is not None:
         found.append(token)
     return found
+
+
+def _random_spans(
+    num_tokens: int, num_cut: int, num_spans: int, generator: torch.Generator
+) -> list[Span]:
+    """Spans of random lengths with random gaps, at least one token, before each."""
+    lengths = _composition(num_cut, num_spans, generator)
+    gaps = _composition(num_tokens - num_cut, num_spans, generator)
+    spans, at = [], 0
+    for gap, length in zip(gaps, lengths, strict=True):
+        spans.append((at + gap, at + gap + length))
+        at += gap + length
+    return spans
+
+
+def _cut(
+    tokens: Int[Tensor, " T"], spans: Sequence[Span], sentinel_ids: Sequence[int]
+) -> tuple[Int[Tensor, " K"], Int[Tensor, " U"]]:
+    """A sequence with a sentinel for each span, and the spans after their sentinels."""
+    kept, cut, at = [], [], 0
+    for sentinel, (begin, end) in zip(sentinel_ids, spans, strict=False):
+        mark = torch.tensor([sentinel])
+        kept += [tokens[at:begin], mark]
+        cut += [mark, tokens[begin:end]]
+        at = end
+    kept.append(tokens[at:])
+    return torch.cat(kept), torch.cat([*cut, torch.tensor([sentinel_ids[len(spans)]])])
 
 
 def _composition(total: int, parts: int, generator: torch.Generator) -> list[int]:

@@ -1,6 +1,6 @@
 """Batches out of token shards: what the model sees at each step, and in which order."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from smelt.text.spans import IGNORED
+from smelt.text.spans import IGNORED, Corruption
 from smelt.train.data import Example
 from smelt.train.shards import Shard
 
@@ -56,6 +56,44 @@ class MaskedRows:
         return self.masking.hide(ids, None, [(self.seed, row, epoch) for epoch, row in places])
 
 
+class SpanRows:
+    """Sequences with spans cut out, or questions about them.
+
+    Args:
+        shard: the text.
+        corruption: how it is corrupted.
+        seed: of what is drawn.
+        redraw: other spans in each epoch; else a sequence is one example for good.
+    """
+
+    def __init__(
+        self, shard: Shard, corruption: Corruption, seed: int, *, redraw: bool = False
+    ) -> None:
+        self.shard, self.corruption = shard, corruption
+        self.seed, self.redraw = seed, redraw
+
+    def __len__(self) -> int:
+        return self.shard.num_full_rows
+
+    def __getitems__(self, numbers: Sequence[int]) -> Example:
+        places = [divmod(number, len(self)) for number in numbers]
+        ids = self.shard.take([row for _, row in places])
+        pairs = []
+        for tokens, (epoch, row) in zip(ids, places, strict=True):
+            seed = (self.seed, row, epoch if self.redraw else 0)
+            state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(state)
+            pairs.append(self.corruption.of_one(tokens, generator, seed))
+        found = self.corruption.together(pairs)
+        return {
+            "input_ids": found.input_ids,
+            "attention_mask": found.mask.long(),
+            "decoder_input_ids": found.decoder_input_ids,
+            "decoder_attention_mask": found.decoder_mask.long(),
+            "labels": found.labels,
+        }
+
+
 class ExampleRows:
     """Examples that lie in memory, each a mapping of tensors of equal shapes."""
 
@@ -68,6 +106,30 @@ class ExampleRows:
     def __getitems__(self, numbers: Sequence[int]) -> Example:
         rows = [self.examples[number % len(self)] for number in numbers]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class PaddedRows:
+    """Examples of unequal lengths in memory; a batch is as long as its longest.
+
+    Args:
+        examples: tensors of one axis, by the names of a model's arguments.
+        padding: what fills up each of them.
+    """
+
+    def __init__(self, examples: Sequence[Example], padding: Mapping[str, int]) -> None:
+        self.examples, self.padding = examples, padding
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitems__(self, numbers: Sequence[int]) -> Example:
+        rows = [self.examples[number % len(self)] for number in numbers]
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [row[name] for row in rows], batch_first=True, padding_value=self.padding[name]
+            )
+            for name in rows[0]
+        }
 
 
 class Masking:

@@ -13,21 +13,28 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from smelt.checkpoint.initial import calm_routers, match_tokens
+from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.whole import load_model
 from smelt.errors import RecipeError, SmeltError
+from smelt.recipe import expand_environment
 from smelt.train.settings import TrainRecipe
 
 
 def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The family's own language model, float32, with the weights it starts from.
+    """The language model of a recipe, float32, with the weights it starts from.
 
-    The vocabulary and the special tokens are the tokenizer's.
+    Of a family: fresh ones, the vocabulary and the special tokens the tokenizer's. Of a checkpoint:
+    its own, stock or mapped, all of them to be trained.
     """
+    if recipe.start is not None:
+        return _started(recipe)
     config = build_config(recipe, tokenizer)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < recipe.text.sequence_length:
+    if positions is not None and positions < recipe.sequence_length:
         raise RecipeError(
             f"model.max_position_embeddings is {positions}, text.sequence_length is "
-            f"{recipe.text.sequence_length}. Raise the one or lower the other."
+            f"{recipe.sequence_length}. Raise the one or lower the other."
         )
     auto: Any = AutoModelForCausalLM
     if config.is_encoder_decoder:
@@ -36,12 +43,36 @@ def build_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreT
         auto = AutoModelForMaskedLM
     model: PreTrainedModel = _built(auto.from_config, config, recipe)
     model.float()
+    if config.model_type == "switch_transformers":
+        calm_routers(model)
+        if recipe.attention == "matching":
+            match_tokens(model)
+    return model
+
+
+def _started(recipe: TrainRecipe) -> PreTrainedModel:
+    """The model of a checkpoint, with the recipe's fields changed in its configuration."""
+    checkpoint = Checkpoint.open(expand_environment(recipe.start or ""))
+    config = checkpoint.config
+    known = {*config.to_dict(), *config.attribute_map}
+    for name, value in recipe.model.fields().items():
+        if name not in known:
+            raise RecipeError(
+                f"model.{name}: the configuration of {recipe.start} has no such field. "
+                f"{_closest(name, sorted(known))}"
+            )
+        setattr(config, name, value)
+    model = load_model(checkpoint)
+    model.float()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     return model
 
 
 def build_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The family's configuration with the recipe's fields; a field it does not have is an error."""
     settings = recipe.model
+    assert settings.model_type is not None
     if settings.model_type not in CONFIG_MAPPING:
         raise RecipeError(
             f"model.model_type = {settings.model_type!r} is no family transformers knows. "

@@ -47,7 +47,7 @@ def training_flops_per_token(config: PreTrainedConfig, recipe: TrainRecipe) -> f
     count: Any = getattr(config, "flops_per_token", None)
     if count is None:
         return None
-    length = recipe.text.sequence_length
+    length = recipe.sequence_length
     return 3.0 * float(count(context=length // 2 if recipe.objective == "causal" else length))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smelt.errors import RecipeError
-from smelt.recipe import check_recipe, dump_recipe, expand_environment
+from smelt.recipe import Settings, check_recipe, dump_recipe, expand_environment
 from smelt.train.settings import TrainRecipe
 
 STATE = "smelt_state.json"  # written last: a checkpoint without it is unfinished
@@ -51,7 +51,7 @@ def unfinished(recipe: TrainRecipe) -> Path | None:
     return next((one for one in folders if last_checkpoint(one / "smelt") is not None), None)
 
 
-def begin(folder: Path, recipe: TrainRecipe, text: dict[str, str]) -> Path | None:
+def begin(folder: Path, recipe: Settings, text: dict[str, str]) -> Path | None:
     """Make the folder of a run, or find where an earlier one stopped in it.
 
     Args:
@@ -77,10 +77,10 @@ def begin(folder: Path, recipe: TrainRecipe, text: dict[str, str]) -> Path | Non
     return checkpoint
 
 
-def _compare(folder: Path, recipe: TrainRecipe, text: dict[str, str]) -> None:
+def _compare(folder: Path, recipe: Settings, text: dict[str, str]) -> None:
     started = json.loads((folder / "smelt" / "started.json").read_text(encoding="utf-8"))
     # A setting that is newer than the run has its default there.
-    changed = differences(check_recipe(started["recipe"], TrainRecipe), recipe)
+    changed = differences(check_recipe(started["recipe"], type(recipe)), recipe)
     changed = changed or [
         f"the content of {name} is another one"
         for name in sorted({*started["text"], *text})
@@ -93,7 +93,7 @@ def _compare(folder: Path, recipe: TrainRecipe, text: dict[str, str]) -> None:
         )
 
 
-def differences(before: TrainRecipe, now: TrainRecipe) -> list[str]:
+def differences(before: Settings, now: Settings) -> list[str]:
     """The settings that differ and decide the result, each with both values."""
     old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     return [

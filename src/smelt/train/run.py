@@ -57,7 +57,15 @@ def run(
         checkpoint: a `checkpoint-N` of the folder to go on from.
         on_step: told step, steps and nats per token after every step.
     """
-    arguments = TrainingArguments(
+    log = Log(folder / "log.jsonl", with_tensorboard=recipe.tensorboard)
+    kind = ShardedTrainer if distributed.is_divided(model) else RunTrainer
+    trainer = kind(model, arguments(recipe, folder), rows, recipe, log)
+    return carry_out(trainer, Watch(trainer, held_out, tokenizer, folder, on_step), checkpoint)
+
+
+def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
+    """What the Trainer itself goes by."""
+    return TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size
@@ -87,11 +95,12 @@ def run(
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}},
         use_cpu=not torch.cuda.is_available(),
     )
-    log = Log(folder / "log.jsonl", with_tensorboard=recipe.tensorboard)
-    kind = ShardedTrainer if distributed.is_divided(model) else RunTrainer
-    trainer = kind(model, arguments, rows, recipe, log)
+
+
+def carry_out(trainer: RunTrainer, watch: Watch, checkpoint: Path | None) -> Ran:
+    """All steps of a trainer, or those after a checkpoint."""
+    recipe = trainer.recipe
     trainer.remove_callback(PrinterCallback)
-    watch = Watch(trainer, held_out, tokenizer, folder, on_step)
     trainer.add_callback(watch)
     if checkpoint is not None:
         watch.restore(checkpoint)
@@ -99,9 +108,9 @@ def run(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.timer.stop()
-        log.close()
+        trainer.log_file.close()
     assert trainer.state.global_step == recipe.steps
-    speed = recipe.steps * recipe.batch_size * recipe.text.sequence_length / trainer.clock.trained
+    speed = recipe.steps * recipe.batch_size * recipe.sequence_length / trainer.clock.trained
     mfu = None
     if trainer.flops is not None and trainer.peak is not None:
         mfu = speed * trainer.flops / trainer.peak

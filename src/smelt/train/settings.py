@@ -14,6 +14,7 @@ from pydantic import (
 
 from smelt.recipe import Settings
 from smelt.text.sources import TextSource, as_source
+from smelt.text2text.tasks import TASKS
 
 Sources = Annotated[
     tuple[Annotated[TextSource, BeforeValidator(as_source)], ...], Field(min_length=1)
@@ -26,7 +27,7 @@ class ModelSettings(Settings):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    model_type: str  # "samoe", or a family of transformers
+    model_type: str | None = None  # "samoe", or a family of transformers; None: that of `start`
     preset: Literal["paper", "modern"] | None = None  # samoe only: the fields it starts from
 
     @model_validator(mode="after")
@@ -73,14 +74,63 @@ class SpanSettings(Settings):
 
     density: Annotated[float, Field(gt=0, lt=1)] = 0.15
     mean_span: Annotated[float, Field(ge=1)] = 3.0
+    redraw: bool = False  # other spans in each epoch
+    recurring: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the sequences whose spans recur in them, which teaches to copy from the context."""
+    cloze: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the sequences with questions about themselves, which teaches to find and copy."""
+
+    @model_validator(mode="after")
+    def _shares_of_one(self) -> "SpanSettings":
+        if self.recurring + self.cloze > 1:
+            raise ValueError(
+                f"recurring {self.recurring} and cloze {self.cloze} are shares of the same "
+                "sequences; make them 1 together at most"
+            )
+        return self
+
+
+class TaskSettings(Settings):
+    """A benchmark to fine-tune on, as text to text; docs/tasks.md has the protocol."""
+
+    name: str  # one of smelt.text2text.TASKS
+    limit: PositiveInt | None = None  # training examples, drawn by `seed`; None: all
+    max_input: Annotated[int, Field(ge=16)] | None = None  # tokens; None: the task's own
+    max_target: Annotated[int, Field(ge=2)] | None = None
+    balanced: bool = False  # repeat the examples of rare answers until all are as frequent
+    held_out: PositiveInt = 256  # examples whose loss is measured on the way, never reported ones
+    seed: Annotated[int, Field(ge=0)] = 0  # which examples are drawn, whatever the run's seed
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in TASKS:
+            raise ValueError(f"there is no such task; the tasks are {', '.join(TASKS)}")
+        return name
+
+    @property
+    def input_length(self) -> int:
+        """The tokens an input may have."""
+        return self.max_input or TASKS[self.name].max_input
+
+    @property
+    def target_length(self) -> int:
+        """The tokens a target may have."""
+        return self.max_target or TASKS[self.name].max_target
 
 
 class TrainRecipe(Settings):
-    """One training run: everything that decides its result."""
+    """One training run: everything that decides its result.
 
-    model: ModelSettings
+    Either fresh weights (`model`, `tokenizer`) or those of a checkpoint (`start`); either `text` or
+    a `task`.
+    """
+
+    start: str | None = None  # a checkpoint folder: its weights, configuration and tokenizer
+    model: ModelSettings = ModelSettings()  # with start: fields of its configuration to change
     tokenizer: TokenizerSettings
-    text: TextSettings
+    text: TextSettings | None = None
+    task: TaskSettings | None = None
     output: str  # the folder to make
     objective: Literal["causal", "masked"] = "causal"  # masked: samoe only
     masked: Annotated[float, Field(gt=0, lt=1)] = 0.15  # share of tokens a masked model predicts
@@ -97,6 +147,7 @@ class TrainRecipe(Settings):
     router_z_loss: Annotated[float, Field(ge=0)] = 0.0
     balance: Literal["sum", "mean"] | None = None  # over layers; None: samoe sum, others mean
     spans: SpanSettings = SpanSettings()
+    attention: Literal["drawn", "matching"] = "drawn"  # at the start; matching: switch only
     seed: Annotated[int, Field(ge=0)] = 0  # of the weights and the order of the batches
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None
     """One run each, after one another, in OUTPUT/seed-S; `seed` then has no meaning."""
@@ -112,6 +163,13 @@ class TrainRecipe(Settings):
     checkpoint_every: PositiveInt | None = None  # steps; None: a tenth of them
     keep_checkpoints: PositiveInt = 3  # the last so many keep their weights and held-out loss
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_of_the_start(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("start") and not values.get("tokenizer"):
+            return {**values, "tokenizer": {"folder": values["start"]}}
+        return values
+
     @field_validator("seeds")
     @classmethod
     def _seeds_differ(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -126,9 +184,37 @@ class TrainRecipe(Settings):
                 f"batch_size {self.batch_size} cannot be cut into {self.accumulate} equal "
                 "micro-batches; make batch_size a multiple of accumulate"
             )
+        self._check_origin()
         if self.objective == "masked" and self.model.model_type != "samoe":
             raise ValueError("objective masked is for model_type samoe; stock families are causal")
         return self
+
+    def _check_origin(self) -> None:
+        if self.start is None and self.model.model_type is None:
+            raise ValueError("give model.model_type (fresh weights) or start (a checkpoint folder)")
+        if self.attention == "matching" and self.model.model_type != "switch_transformers":
+            raise ValueError(
+                "attention matching is for fresh weights of model_type switch_transformers; leave "
+                "it out"
+            )
+        if self.start is not None and self.model.model_type is not None:
+            raise ValueError("start has a family of its own; leave model.model_type out")
+        if self.start is not None and self.tokenizer.folder != self.start:
+            raise ValueError("start has a tokenizer of its own; leave tokenizer out")
+        if (self.text is None) == (self.task is None):
+            raise ValueError("give either text or task: what is trained on")
+        if self.task is not None and self.start is None:
+            raise ValueError(
+                f"task {self.task.name} fine-tunes a checkpoint; name it as start, or give text"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """The tokens of a sequence, of a task at most: what speed and tokens are counted by."""
+        if self.task is not None:
+            return self.task.input_length
+        assert self.text is not None
+        return self.text.sequence_length
 
     def checkpoint_steps(self) -> tuple[int, ...]:
         """The steps after which the run can be resumed: the last one is always among them."""

@@ -130,15 +130,17 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def find_tokenizer(
-    settings: TokenizerSettings, text: TextSettings, *, with_mask: bool
+    settings: TokenizerSettings, text: TextSettings | None, *, with_mask: bool
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, or one fitted to the train sources, once for each cache key.
 
     Args:
+        text: what one is fitted to; not needed for that of a folder.
         with_mask: a fitted one gets a token `<|mask|>`; of a folder, it must have a mask token.
     """
     if settings.vocab_size is None:
         return _of_folder(settings.folder or "", with_mask)
+    assert text is not None
     name = key(
         text.train, fitted=settings.vocab_size, mask=with_mask, **_fit_settings(settings, text)
     )

@@ -24,6 +24,7 @@ from smelt.train.data import Example
 from smelt.train.faults import DivergedError, first_fault
 from smelt.train.log import Clock, Log, peak_memory_bytes
 from smelt.train.measure import (
+    Outputs,
     forward,
     is_samoe,
     num_choices,
@@ -201,8 +202,8 @@ class RunTrainer(Trainer):
         recipe, totals = self.recipe, self.totals
         with self._autocast():
             outputs = forward(model, inputs)
-        nats = losses.token_loss(outputs.logits, outputs.target, self.step.num_predicted)
-        loss, balance = nats, nats.new_zeros(())
+        loss, nats = self.loss_of(outputs, self.step.num_predicted)
+        balance = nats.new_zeros(())
         if outputs.router_logits:
             with_z = bool(recipe.router_z_loss)
             parts = losses.routed(outputs.router_logits, self.num_choices, with_z=with_z)
@@ -232,6 +233,15 @@ class RunTrainer(Trainer):
         # The gradients of processes are averaged; the parts of a step are summed.
         return loss * reduce.num_processes()
 
+    def loss_of(self, outputs: Outputs, num_predicted: Tensor) -> tuple[Tensor, Tensor]:
+        """This micro-batch's part of what is learnt, without the balance; of it, the nats."""
+        nats = losses.token_loss(outputs.logits, outputs.target, num_predicted)
+        return nats, nats
+
+    def further(self) -> dict[str, Any]:
+        """What a line of the log has beside the rest, of the steps since the last line."""
+        return {}
+
     def _warn_once(self) -> None:
         if self.state.global_step == 0:
             warnings.warn(
@@ -249,12 +259,13 @@ class RunTrainer(Trainer):
         nats, balance = (sums / totals.steps).tolist()
         seconds = self.clock.trained
         each = (seconds - totals.seconds) / totals.steps
-        tokens = recipe.batch_size * recipe.text.sequence_length
+        tokens = recipe.batch_size * recipe.sequence_length
         values: dict[str, Any] = {
             "step": step,
             "tokens": step * tokens,
             "nats": nats,
             "balance": balance,
+            **self.further(),
             "gradient_norm": totals.gradient_norm,
             "learning_rate": logs["learning_rate"],
             "tokens_per_second": round(tokens / each, 1),

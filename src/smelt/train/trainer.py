@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,18 @@ from transformers import set_seed
 
 from smelt.errors import RecipeError
 from smelt.recipe import expand_environment
-from smelt.text.sources import TextSource
 from smelt.train import distributed, processes
 from smelt.train.build import build_model
 from smelt.train.checkpoints import write
-from smelt.train.examples import held_out_examples, training_set
+from smelt.train.examples import training_data
 from smelt.train.faults import disk_may_fill
 from smelt.train.log import check_tensorboard, peak_memory_bytes
-from smelt.train.measure import HeldOut, num_choices, report
+from smelt.train.measure import num_choices, report
 from smelt.train.resume import begin, last_checkpoint
 from smelt.train.run import run
 from smelt.train.seeds import finished, of_seed, summary
 from smelt.train.settings import TrainRecipe
-from smelt.train.shards import Shard, find_tokenizer, shard, tokenizer_sha256
+from smelt.train.shards import find_tokenizer, tokenizer_sha256
 from smelt.train.watch import OnStep
 
 __all__ = ["TrainRecipe", "train"]
@@ -90,49 +88,48 @@ def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
         lambda: build_model(recipe, tokenizer), is_low=recipe.precision == "bfloat16"
     )
     num_choices(model)  # a stock model without experts is refused here
-    text = recipe.text
-
-    def drawn(sources: Sequence[TextSource], num_tokens: int) -> Shard:
-        return processes.in_turn(lambda: shard(sources, tokenizer, text, num_tokens))
-
-    tokens = drawn(text.train, text.tokens)
-    rows, train_counts = training_set(tokens, model, tokenizer, recipe)
-    held_out = []
-    for source in text.held_out:
-        cut = drawn([source], text.held_out_tokens)
-        examples = held_out_examples(cut, model, tokenizer, recipe)
-        held_out.append(HeldOut(str(source), examples, cut.blocks()))
+    data = training_data(recipe, model, tokenizer)
     hashes = {
         "the tokenizer": tokenizer_sha256(tokenizer),
-        "the training text": tokens.sha256,
-        **{f"held-out text {one.name}": one.blocks.sha256 for one in held_out},
+        "the training text": data.sha256,
+        **{f"held-out text {one.name}": one.blocks.sha256 for one in data.held_out},
     }
     partial = output.with_name(output.name + ".partial")
     checkpoint = processes.by_the_first(lambda: begin(partial, recipe, hashes))
     try:
         with disk_may_fill(partial):
             ran = run(
-                model, tokenizer, rows, held_out, recipe, partial / "smelt", checkpoint, on_step
+                model,
+                tokenizer,
+                data.rows,
+                data.held_out,
+                recipe,
+                partial / "smelt",
+                checkpoint,
+                on_step,
             )
             peak = peak_memory_bytes()
             dtype = getattr(torch, recipe.dtype)
             write(model, tokenizer, partial, dtype)
             distributed.round_to(model, dtype)
-            trained = recipe.steps * recipe.batch_size * text.sequence_length
+            trained = recipe.steps * recipe.batch_size * recipe.sequence_length
             result = {
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "steps": recipe.steps,
                 "tokens_trained": trained,
-                "distinct_tokens": tokens.num_tokens,
+                "distinct_tokens": data.distinct_tokens,
                 "seconds": round(ran.seconds, 1),
                 "tokens_per_second": round(ran.tokens_per_second, 1),
                 "training_flops_per_token": ran.flops_per_token,
                 "peak_flops": ran.peak_flops,
                 "mfu": ran.mfu,
                 "peak_memory_bytes": peak,
-                "train_text_sha256": tokens.sha256,
+                "train_text_sha256": data.sha256,
+                **({} if data.task is None else {"task": data.task}),
                 # in float32, of the weights as they were saved
-                **report(model, train_counts, held_out, recipe.batch_size // processes.started()),
+                **report(
+                    model, data.counts, data.held_out, recipe.batch_size // processes.started()
+                ),
                 "checkpoints": ran.kept,  # in float32, of the weights before they were saved
             }
             if processes.is_first():

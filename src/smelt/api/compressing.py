@@ -1,11 +1,5 @@
-"""smelt from Python: inspect, calibrate, plan, apply, compress, evaluate. The commands call these.
+"""Look at a checkpoint, take its statistics, plan, and make a smaller one."""
 
-Settings are those of a recipe, by the same names: `compress("in", "out", keep=0.5, form="mapped",
-text=["notes.txt"])`. A name that does not exist is an error that lists those that do.
-"""
-
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +12,10 @@ from smelt.checkpoint.verify import verify as verify_files
 from smelt.compress import apply as applying
 from smelt.compress.calibrate import RoutingStats
 from smelt.compress.card import model_card
-from smelt.compress.check import check
 from smelt.compress.facts import read_facts
 from smelt.compress.pipeline import (
     Stages,
+    check_possible,
     run_calibration,
     run_compress,
     run_plan,
@@ -29,9 +23,6 @@ from smelt.compress.pipeline import (
 )
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError
-from smelt.evaluate.evaluation import Evaluation, measure_tasks, measure_text
-from smelt.evaluate.task_model import check_model
-from smelt.evaluate.tasks import read_items
 from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe, nest
 
 
@@ -75,7 +66,7 @@ def calibrate(
         verify: compare the weight files with their checksums first, where they are known.
         stages: told of the progress of each stage.
         settings: those of `CalibrationRecipe`: text, num_tokens, sequence_length, batch_size, seed,
-            chat_template, sample_tokens, input_gram.
+            chat_template, sample_tokens, input_gram, gradients, task.
     """
     return calibrate_by(
         source,
@@ -137,7 +128,7 @@ def plan(
     recipe = check_recipe(values, CompressRecipe)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     facts = read_facts(checkpoint)
-    check(facts.layers, recipe)
+    check_possible(checkpoint, facts, recipe)
     return run_plan(checkpoint, load_stats(stats), recipe, facts)
 
 
@@ -226,67 +217,6 @@ def compress_by(
     check_device(recipe.device)
     known = None if stats is None else load_stats(stats)
     return run_compress(recipe, stats=known, verify=verify, stages=stages)
-
-
-def evaluate(
-    checkpoints: str | Path | Sequence[str | Path],
-    *,
-    original: str | Path | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    device: str = "cpu",
-    bits_per_byte_only: bool = False,
-    trust_remote_code: bool = False,
-    stages: Stages = silent,
-    **settings: Any,
-) -> Evaluation:
-    """Perplexity of checkpoints side by side, how near they stay to an original, and tasks.
-
-        from smelt import api
-
-        found = api.evaluate([source, "half"], original=source, num_tokens=2048)
-        for row in found.rows():
-            print(row["checkpoint"], row["nats per token"], row.get("KL"))
-
-    Args:
-        original: hold every other checkpoint against this one: logit KL, each layer's output
-            error, routing agreement.
-        tasks: zero-shot tasks by name (docs/evaluation.md), each model whole in memory. Where
-            neither a text nor an original is named, they are all that is measured.
-        limit: at most so many items of each task, evenly spaced.
-        bits_per_byte_only: allow checkpoints of different tokenizers.
-        settings: the text, as in `calibrate`; the default is held out of smelt's own training.
-    """
-    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
-    recipe = check_recipe(
-        {"text": ["python:held-out"], "num_tokens": 32_768} | settings, CalibrationRecipe
-    )
-    check_device(device)
-    items = read_items(tasks, limit=limit) if tasks or limit is not None else []
-    opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
-    first = None
-    if original is not None:
-        first = open_checkpoint(original, trust_remote_code=trust_remote_code)
-    for one in opened if items else ():
-        check_model(one.model, one.tokenizer)
-    names = [one.folder.name for one in opened]
-    if len(set(names)) < len(names):  # folders of one name: say which
-        names = [str(path) for path in paths]
-    found = Evaluation()
-    if not items or first is not None or settings.keys() & {"text", "num_tokens"}:
-        found = measure_text(
-            opened,
-            names,
-            recipe,
-            original=first,
-            bits_per_byte_only=bits_per_byte_only,
-            device=device,
-            stages=stages,
-        )
-    if not items:
-        return found
-    asked = measure_tasks(opened, names, items, seed=recipe.seed, device=device, stages=stages)
-    return replace(found, tasks=asked.tasks, results=found.results + asked.results)
 
 
 def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:

@@ -1,0 +1,81 @@
+"""`smelt study` of a comparison: its cells, where they stand, and its tables."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from smelt.cli.screen import Screen, Stopped, clock
+
+if TYPE_CHECKING:
+    from smelt.comparison.schedule import Job
+    from smelt.comparison.settings import ComparisonRecipe
+
+
+def compare(
+    screen: Screen,
+    read: "ComparisonRecipe",
+    only: str | None,
+    *,
+    jobs: int,
+    threads: int,
+    table: bool,
+    latency: bool,
+    dry_run: bool,
+) -> None:
+    """Run what is not done, then show the tables; or one of the two; or list the jobs."""
+    from smelt.comparison.runner import check_part
+
+    check_part(read, only)
+    if dry_run:
+        _list(screen, read, only)
+        return
+    failed: dict[str, str] = {}
+    if not table:
+        failed = _run(screen, read, only, jobs, threads)
+    _tables(screen, read, only, threads, latency=latency)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run(
+    screen: Screen, read: "ComparisonRecipe", only: str | None, jobs: int, threads: int
+) -> dict[str, str]:
+    from smelt.comparison.runner import run_comparison
+
+    def on_job(job: "Job", what: str, seconds: float) -> None:
+        after = "" if what == "started" else f" after {clock(seconds)}"
+        screen.note(f"{job.id}: {what}{after}")
+
+    try:
+        return run_comparison(read, only=only, jobs=jobs, threads=threads, on_job=on_job).failed
+    except Stopped as stopped:
+        stopped.kept = Path(read.output)
+        raise
+
+
+def _list(screen: Screen, read: "ComparisonRecipe", only: str | None) -> None:
+    from smelt.comparison.listing import listing
+    from smelt.evaluate.results import markdown
+
+    rows = listing(read, only)
+    left = sum(row["state"] != "done" for row in rows)
+    screen.result(rows, f"{markdown(rows)}\n{len(rows)} jobs, of which {left} are left.")
+
+
+def _tables(
+    screen: Screen, read: "ComparisonRecipe", only: str | None, threads: int, *, latency: bool
+) -> None:
+    from smelt.comparison.markdown import report
+    from smelt.comparison.tables import results
+
+    if latency:
+        from transformers import logging
+
+        from smelt.comparison.latency import measure_latency
+
+        logging.disable_progress_bar()  # transformers' own bars: ours say enough
+        with screen.watching() as stages:
+            measure_latency(read, only, threads=threads, progress=stages("measuring"))
+    found = results(read, only)
+    screen.result(found, report(found))
