@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smelt.checkpoint.factored import close_model, dense_weights, is_factored, open_model
-from smelt.compress.decompose import choose_rows
 from smelt.checkpoint.factored_forward import matrices
+from smelt.compress.decompose import choose_rows
 from smelt.errors import RecipeError
 from smelt.train.heal_settings import DecomposeSettings
 from smelt.train.sparsify import keep_share, row_importance, running

@@ -91,6 +91,7 @@ class HealRecipe(Settings):
     batch_size: PositiveInt = 16
     accumulate: PositiveInt = 1
     learning_rate: Scale | None = None  # None: by what is trained; 0: decompose only
+    embedding_rate: PositiveFloat = 1.0  # learning rate of embeddings over that of all else
     final_learning_rate: Share = 0.1
     warmup_steps: Count = 10
     weight_decay: Scale = 0.0

@@ -138,6 +138,7 @@ class TrainRecipe(Settings):
     batch_size: PositiveInt = 16  # sequences of a step, over all micro-batches and processes
     accumulate: PositiveInt = 1  # micro-batches a step; changes memory, not the result
     learning_rate: PositiveFloat = 2e-3
+    embedding_rate: PositiveFloat = 1.0  # learning rate of embeddings over that of all else
     final_learning_rate: Share = 0.1  # at the last step, as a share of the highest
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of matrices; not alpha, beta, norms, biases

@@ -31,7 +31,7 @@ from smelt.train.measure import (
     predicted,
     predicts_next,
 )
-from smelt.train.optimiser import decayed
+from smelt.train.optimiser import decayed, hasten_embeddings
 from smelt.train.profile import StepTimer, peak_flops, training_flops_per_token
 from smelt.train.resume import last_checkpoint, step_of
 from smelt.train.settings import TrainRecipe
@@ -97,6 +97,14 @@ class RunTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """The names of the parameters with weight decay."""
         return decayed(model)
+
+    def create_optimizer(self, *arguments: Any, **named: Any) -> Any:
+        """AdamW, its embeddings at their own rate."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*arguments, **named)
+        if is_new:
+            hasten_embeddings(optimizer, self.net, self.recipe.embedding_rate)
+        return optimizer
 
     def floating_point_ops(self, inputs: Example) -> int:  # noqa: ARG002
         """Not counted here: counting parameters at every step takes time."""

@@ -1,0 +1,1 @@
+"""A study of compression: methods side by side on the same fine-tuned models, groups and budget."""

@@ -1,0 +1,60 @@
+"""Every job of a comparison as a line: what it is and where it stands."""
+
+from typing import Any
+
+from smelt.comparison.cells import Cell, searched
+from smelt.comparison.schedule import Progress
+from smelt.comparison.settings import FULL, ComparisonRecipe
+from smelt.comparison.work_settings import Work
+from smelt.comparison.works import START
+
+
+def listing(study: ComparisonRecipe, only: str | None = None) -> list[dict[str, Any]]:
+    """The start, trials and cells in the order of running, as rows of a table."""
+    progress = Progress(study, only)
+    states, rows = progress.states(), []
+    begin = progress.works.beginning()
+    if begin is not None:
+        state = "done" if progress.is_done(START) else progress.store.failure(START) or "not begun"
+        rows.append(_row(START, begin, state))
+    seen: set[str] = set()
+    for cell in progress.asked:
+        if cell.variant != FULL and cell.task not in seen:
+            seen.add(cell.task)
+            rows += _trials(progress, cell.task)
+        rows.append(_row(cell.id, _work(progress, cell), states[cell.id]))
+    return rows
+
+
+def _work(progress: Progress, cell: Cell) -> Work:
+    works = progress.works
+    return works.full(cell) if cell.variant == FULL else works.variant(cell)
+
+
+def _trials(progress: Progress, task: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    if progress.study.heal_search is None:
+        return rows
+    for rate in progress.rates(task).grid:
+        for variant in searched(progress.study, task):
+            name, work = progress.works.trial(task, variant, rate)
+            state = "done" if progress.is_done(name) else progress.store.failure(name)
+            rows.append(_row(name, work, state or "not begun"))
+    return rows
+
+
+def _row(name: str, work: Work, state: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"job": name, "steps": None, "compress": None, "heal": None}
+    if work.train is not None:
+        row["steps"] = work.train.steps
+    if work.compress is not None:
+        kept = work.compress.experts or f"{work.compress.keep:g}"
+        row["compress"] = f"{work.compress.method}, {kept}"
+    if work.heal is not None:
+        row["steps"] = work.heal.steps
+        parts = [f"{work.heal.distill.cross_entropy:g} CE + {work.heal.distill.weight:g} KL"]
+        if work.heal.decompose is not None:
+            parts.append(f"rank {work.heal.decompose.rank}")
+        row["heal"] = ", ".join(parts)
+    row["measured on"] = None if work.ask is None else work.ask.part
+    return row | {"state": state}

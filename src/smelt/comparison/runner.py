@@ -1,0 +1,95 @@
+"""`run_comparison`: every cell in a process of its own, by the runner of studies."""
+
+import sys
+
+from smelt.comparison.schedule import Job, Progress
+from smelt.comparison.settings import ComparisonRecipe
+from smelt.comparison.works import START
+from smelt.errors import RecipeError
+from smelt.recipe import dump_recipe
+from smelt.study.runner import OnJob, Ran, carry_out
+from smelt.study.store import flat, read
+
+WORK = (sys.executable, "-m", "smelt.comparison.work")
+"""The command of a job; the name of its file follows."""
+
+FREE = ("output", "start", "source", "student", "teacher", "model", "result", "stats", "folder")
+"""Last words of settings that may be others when a comparison goes on: where things lie."""
+ALSO_FREE = {
+    "compress.workers",
+    "heal.learning_rate",  # a trial more may have shown another to be the best
+    "ask.batch_size",
+    "calibration.gradients",  # a new variant may need them
+}
+
+
+def run_comparison(
+    study: ComparisonRecipe,
+    *,
+    only: str | None = None,
+    jobs: int = 2,
+    threads: int = 1,
+    on_job: OnJob[Job] = lambda job, what, seconds: None,
+) -> Ran:
+    """Do all of a comparison that is not done yet.
+
+    What is finished is left as it is; what a kill interrupted goes on; what failed is tried once
+    more in each call. A failure stops nothing but what depends on it.
+
+    Args:
+        study: every cell follows from it.
+        only: a part, and what it needs.
+        jobs: processes at a time.
+        threads: of each process.
+        on_job: told of every beginning and end.
+
+    Raises:
+        RecipeError: no such part, settings of a cell that cannot be, a finished cell that had other
+            settings, a comparison that another process is running.
+    """
+    check_part(study, only)
+    progress = Progress(study, only)
+
+    def begin() -> None:
+        check_settings(progress)
+        dump_recipe(study, progress.store.folder / "comparison.yaml")
+        progress.tidy()
+
+    def words(job: Job) -> list[str]:
+        path = progress.store.beside(job.id, "yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dump_recipe(job.work, path)
+        return [*WORK, str(path)]
+
+    return carry_out(
+        progress.store,
+        progress.ready,
+        words,
+        lambda _: progress.tidy(),
+        begin=begin,
+        jobs=jobs,
+        threads=threads,
+        on_job=on_job,
+    )
+
+
+def check_part(study: ComparisonRecipe, only: str | None) -> None:
+    """A part that is not there is a RecipeError."""
+    if only is not None and only not in study.parts:
+        raise RecipeError(f"There is no part {only!r}; there are {', '.join(study.parts)}.")
+
+
+def check_settings(progress: Progress) -> None:
+    """A finished cell or trial with other settings than the recipe's is a RecipeError."""
+    for name, work in (*progress.works.every(), *progress.trials()):
+        before = (read(progress.works.result(name)) or {}).get("settings")
+        if before is None:
+            continue
+        was, now = flat(before), flat(work.model_dump(mode="json"))
+        for key in sorted((was.keys() & now.keys()) - ALSO_FREE):
+            if key.rpartition(".")[2] not in FREE and was[key] != now[key]:
+                where = progress.store.run(name) if name != START else progress.works.start
+                raise RecipeError(
+                    f"{where} was made with {key} = {was[key]!r}, the recipe says {now[key]!r}. "
+                    f"Restore the setting, or remove {where}*, or name another output."
+                )

@@ -1,0 +1,222 @@
+"""What can be done next, in order, and which weights nothing needs any more: by what is on disk."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smelt.comparison.cells import Cell, cells, needs_search, searched
+from smelt.comparison.settings import FULL, ComparisonRecipe
+from smelt.comparison.work import outcomes_file
+from smelt.comparison.work_settings import Work
+from smelt.comparison.works import START, Works
+from smelt.study.rates import best, extended
+from smelt.study.store import Store, read
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process."""
+
+    id: str
+    work: Work
+
+    @property
+    def name(self) -> str:
+        """Unique among jobs."""
+        return self.id
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Where the searches on one ground stand."""
+
+    grid: list[float]  # by which all searched variants are tried
+    loss: dict[str, dict[float, float]]  # per variant, by rate: what is least is best
+    chosen: dict[str, float | None]  # once all are done; None: no rate trained
+
+
+class Progress:
+    """A comparison and what of it is on disk.
+
+    Args:
+        study: whose cells.
+        only: a part; None: all.
+    """
+
+    def __init__(self, study: ComparisonRecipe, only: str | None = None) -> None:
+        self.study = study
+        self.store = Store(study.output)
+        self.works = Works(study, self.store)
+        self.asked = cells(study, only)
+        self.every = cells(study)
+
+    def is_done(self, name: str) -> bool:
+        """Whether a cell, a trial or the start is finished."""
+        return bool((read(self.works.result(name)) or {}).get("is_done"))
+
+    def found(self, cell: Cell) -> dict[str, Any] | None:
+        """What was measured on a finished cell."""
+        found = read(self.works.result(cell.id))
+        return found if found and found.get("is_done") else None
+
+    def values(self, cell: Cell) -> dict[str, dict[str, float]]:
+        """By metric, the value of every unit of a finished cell."""
+        found = read(outcomes_file(self.works.result(cell.id))) or {}
+        values: dict[str, dict[str, float]] = found.get("values", {})
+        return values
+
+    # --- rates -----------------------------------------------------------------------------------
+
+    def rates(self, task: str) -> Rates:
+        """The searches on a ground, as far as they are done."""
+        search = self.study.heal_search
+        assert search is not None
+        wanted = searched(self.study, task)
+        loss: dict[str, dict[float, float]] = {name: {} for name in wanted}
+        grid = list(search.rates)
+        while True:
+            for variant in wanted:
+                for rate in grid:
+                    if rate in loss[variant]:
+                        continue
+                    name, _ = self.works.trial(task, variant, rate)
+                    found = read(self.works.result(name)) or {}
+                    if found.get("is_done"):
+                        loss[variant][rate] = found.get("loss", math.inf)
+            wider = extended(search.rates, loss, search.extensions)
+            if wider == grid:
+                break
+            grid = wider
+        is_done = all(rate in found for found in loss.values() for rate in grid)
+        chosen = {name: best(found, grid) for name, found in loss.items()} if is_done else {}
+        return Rates(grid, loss, chosen)
+
+    def _after(self, cell: Cell) -> Cell | None:
+        after = self.study.resolve(cell.variant).after
+        return None if after is None else Cell(cell.task, cell.seed, after)
+
+    # --- jobs ------------------------------------------------------------------------------------
+
+    def ready(self) -> list[Job]:
+        """Jobs whose ground is laid and which are not done, in the order of running.
+
+        The start; then cell by cell: the full model, the search its ground needs, the variants.
+        """
+        begin = self.works.beginning()
+        if begin is not None and not self.is_done(START):
+            return [Job(START, begin)]
+        found: dict[str, Job] = {}
+        known: dict[str, Rates] = {}
+        for cell in self.asked:
+            for job in self._of_cell(cell, known):
+                found.setdefault(job.id, job)
+        return list(found.values())
+
+    def _of_cell(self, cell: Cell, known: dict[str, Rates]) -> list[Job]:
+        if self.is_done(cell.id):
+            return []
+        if cell.variant == FULL:
+            return [Job(cell.id, self.works.full(cell))]
+        if not self.is_done(cell.full.id):
+            return []
+        after = self._after(cell)
+        if after is not None and not self.is_done(after.id):
+            return []
+        rate = None
+        search = needs_search(self.study, cell.variant)
+        if search is not None:
+            if cell.task not in known:
+                known[cell.task] = self.rates(cell.task)
+            rates = known[cell.task]
+            if not rates.chosen:
+                return self._trials(cell.task, rates)
+            rate = rates.chosen[search]
+            if rate is None:
+                return []
+        return [Job(cell.id, self.works.variant(cell, rate))]
+
+    def _trials(self, task: str, rates: Rates) -> list[Job]:
+        """The trials that lack, and before them the models that they are made from."""
+        search = self.study.heal_search
+        assert search is not None
+        full = Cell(task, search.seed, FULL)
+        if not self.is_done(full.id):
+            return [Job(full.id, self.works.full(full))]
+        jobs = []
+        for rate in rates.grid:
+            for variant, found in rates.loss.items():
+                after = self._after(Cell(task, search.seed, variant))
+                if rate not in found and (after is None or self.is_done(after.id)):
+                    jobs.append(Job(*self.works.trial(task, variant, rate)))
+        return jobs
+
+    def trials(self) -> list[tuple[str, Work]]:
+        """Every trial of every ground, as far as its grid is known."""
+        if self.study.heal_search is None:
+            return []
+        return [
+            self.works.trial(task, variant, rate)
+            for task in self.study.tasks
+            for variant in searched(self.study, task)
+            for rate in self.rates(task).grid
+        ]
+
+    # --- states ----------------------------------------------------------------------------------
+
+    def states(self, asked: Sequence[Cell] | None = None) -> dict[str, str]:
+        """Where every cell stands: "done", or why it is not."""
+        known: dict[str, Rates] = {}
+        return {cell.id: self._state(cell, known) for cell in asked or self.asked}
+
+    def _state(self, cell: Cell, known: dict[str, Rates]) -> str:
+        if self.is_done(cell.id):
+            return "done"
+        reason = self.store.failure(cell.id)
+        if reason is not None:
+            return f"failed: {reason}"
+        waits = [cell.full] if cell.variant != FULL else []
+        after = self._after(cell)
+        for other in (*waits, after) if after else waits:
+            if not self.is_done(other.id):
+                return f"waits for {other.id}"
+        search = needs_search(self.study, cell.variant)
+        if search is not None:
+            if cell.task not in known:
+                known[cell.task] = self.rates(cell.task)
+            chosen = known[cell.task].chosen
+            if chosen.get(search) is None:
+                what = "no rate trains" if search in chosen else "learning rate not found yet"
+                return f"{what} ({cell.task}/search/{search})"
+        return "not begun"
+
+    # --- weights ---------------------------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Remove weights and statistics that no cell of the comparison needs any more."""
+        if self.study.keep == "all":
+            return
+        done = {cell.id for cell in self.every if self.is_done(cell.id)}
+        for cell in self.every:
+            if cell.id not in done or self._is_needed(cell, done):
+                continue
+            folder = self.store.run(cell.id)
+            for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+                path.unlink()
+            if cell.variant == FULL:
+                for path in Path(self.works.stats(cell)).glob("*"):
+                    path.unlink()
+
+    def _is_needed(self, cell: Cell, done: set[str]) -> bool:
+        """Whether the cell is timed, or others that are made from it are not done."""
+        timed = self.study.latency
+        if timed is not None and (cell.task, cell.seed) == (timed.task, timed.seed):
+            return True
+        same = [one for one in self.every if (one.task, one.seed) == (cell.task, cell.seed)]
+        if any(one.id not in done and cell in (one.full, self._after(one)) for one in same):
+            return True
+        search = self.study.heal_search
+        if search is None or cell.seed != search.seed or not searched(self.study, cell.task):
+            return False
+        return not self.rates(cell.task).chosen

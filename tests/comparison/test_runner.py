@@ -1,0 +1,122 @@
+"""Laws of running a comparison, with a stand-in for all work."""
+
+import json
+
+import pytest
+
+from smelt.comparison.runner import run_comparison
+from smelt.comparison.schedule import Progress
+from smelt.comparison.tables import results
+from smelt.errors import RecipeError
+
+TRIALS = [
+    f"sst2/search/{name}/rate-{rate}"
+    for rate in ("0.001", "0.002")
+    for name in ("m-smoe", "mc-smoe")
+]
+FIRST = [f"sst2/seed-0/{name}" for name in ("m-smoe", "average", "mc-smoe", "twice")]
+ALL = [
+    "sst2/seed-0/full",
+    *TRIALS,
+    *FIRST,
+    "sst2/seed-1/full",
+    *[name.replace("seed-0", "seed-1") for name in FIRST],
+    "sst2/seed-0/other",
+    "sst2/seed-0/unhealed",
+]
+
+INTERRUPTED = (TRIALS[1], "sst2/seed-0/m-smoe", "sst2/seed-0/twice")
+
+
+def test_everything_is_done_once_in_order_and_a_second_call_does_nothing(make, worker):
+    study = make()
+    ran = run_comparison(study, jobs=1)
+    assert not ran.failed and worker() == ran.done == ALL
+    assert run_comparison(study, jobs=1).done == [] and worker() == ALL
+    assert results(study)["unfinished"] == {}
+
+
+def test_an_interrupted_comparison_does_the_jobs_of_an_uninterrupted_one(make, worker):
+    for failing in INTERRUPTED:
+        worker(fail=[failing])
+        assert list(run_comparison(make(), jobs=2).failed) == [failing]
+    worker(fail=[])
+    run_comparison(make(), jobs=2)
+    done = worker()
+    for failed in INTERRUPTED:
+        done.remove(failed)  # the call that failed
+    assert sorted(done) == sorted(ALL)
+
+
+def test_a_variant_that_fails_stops_only_what_comes_after_it(make, worker):
+    worker(fail=["sst2/seed-0/m-smoe"])
+    ran = run_comparison(make(), jobs=1)
+    assert ran.failed == {"sst2/seed-0/m-smoe": "as it was told"}
+    assert set(ran.done) == set(ALL) - {"sst2/seed-0/m-smoe", "sst2/seed-0/twice"}
+    left = results(make())["unfinished"]
+    assert left == {
+        "sst2/seed-0/m-smoe": "failed: as it was told",
+        "sst2/seed-0/twice": "waits for sst2/seed-0/m-smoe",
+    }
+
+
+def test_the_rate_with_the_least_loss_is_taken_by_all_of_the_kind(make, worker):
+    worker(loss={"rate-0.001": -0.5, "rate-0.002": -0.7})
+    study = make()
+    run_comparison(study)
+    rates = {row["row"]: row["learning_rates"] for row in results(study)["tables"][0]["rows"]}
+    assert rates.pop("full") == [0.0]
+    assert rates == {name: [0.002] for name in ("m-smoe", "average", "mc-smoe", "twice")}
+    chosen = {one["variant"]: one["chosen"] for one in results(study)["learning_rates"]}
+    assert chosen == {"m-smoe": 0.002, "mc-smoe": 0.002}
+
+
+def test_a_part_alone_runs_what_it_needs(make, worker):
+    run_comparison(make(), only="more", jobs=1)
+    assert worker() == ["sst2/seed-0/full", *TRIALS, "sst2/seed-0/other", "sst2/seed-0/unhealed"]
+
+
+def test_weights_go_when_nothing_needs_them_and_not_before(make, worker):
+    study = make(latency={"task": "sst2", "seed": 1})
+    run_comparison(study, only="main", jobs=1)
+
+    def kept():
+        found = Progress(study).store.folder.rglob("*.safetensors")
+        return sorted(str(path.parent).split("cells/")[1] for path in found)
+
+    timed = [f"sst2/seed-1/{name}" for name in ("average", "full", "m-smoe", "mc-smoe", "twice")]
+    assert kept() == ["sst2/seed-0/full", *timed]  # the second part is made from it
+    run_comparison(study, jobs=1)
+    assert kept() == timed
+    assert not list(Progress(study).store.run("sst2/seed-0/full.stats").glob("*"))
+
+
+def test_a_finished_cell_with_other_settings_is_refused(make, worker):
+    study = make()
+    before = Progress(study).works.full(Progress(study).asked[0]).model_dump(mode="json")
+    worker(settings={"sst2/seed-0/full": json.dumps(before)})
+    run_comparison(study, only="more")
+    assert run_comparison(make(), only="more").done == []
+    with pytest.raises(RecipeError, match="seed-0/full was made with train.steps = 6, .* says 9"):
+        run_comparison(make(tasks__sst2__fine_tune={"steps": 9}))
+
+
+def test_tables_hold_rows_against_the_full_model_and_the_focus(make, worker):
+    worker(hits={"m-smoe": 2, "average": -1})
+    study = make()
+    run_comparison(study)
+    main, more = results(study)["tables"]
+    rows = {row["row"]: row["metrics"]["accuracy"] for row in main["rows"]}
+    assert list(rows) == ["full", "m-smoe", "average", "mc-smoe", "twice"]
+    assert rows["average"]["less_full"]["mean"] == pytest.approx(-0.1)
+    assert rows["average"]["less_focus"]["mean"] == pytest.approx(-0.3)
+    assert rows["m-smoe"]["less_focus"] is None and rows["full"]["less_full"] is None
+    assert rows["m-smoe"]["less_full"]["seeds"] == 2 and rows["m-smoe"]["less_full"]["units"] == 10
+    assert rows["m-smoe"]["less_full"]["low"] < 0.2 < rows["m-smoe"]["less_full"]["high"]
+    assert main["other_groups"] == [] and more["other_groups"] == ["other"]
+    assert json.loads((Progress(study).store.folder / "tables.json").read_text())["tables"]
+
+
+def test_an_unknown_part_names_those_there_are(make):
+    with pytest.raises(RecipeError, match="no part 'mian'; there are main, more"):
+        run_comparison(make(), only="mian")
