@@ -16,7 +16,7 @@ from commands import QUICK, contents, smelt
 from smelt import api
 from smelt.cli import screen
 from smelt.compress.plan import Plan
-from smelt.recipe import check_recipe, load_recipe, nest
+from smelt.recipe import CompressRecipe, check_recipe, load_recipe, nest
 
 PART = ("--set", "sequence_length=32")
 
@@ -278,8 +278,8 @@ def test_settings_by_plain_names_find_their_group():
 def test_a_recipe_from_python_is_that_of_its_file(tmp_path):
     (tmp_path / "r.yaml").write_text("source: a\noutput: b\nkeep: 0.5\ncalibration: {seed: 2}\n")
     values = {"source": "a", "output": "b", "keep": 0.5, "calibration": {"seed": 2}}
-    assert load_recipe(tmp_path / "r.yaml", api.CompressRecipe) == check_recipe(
-        values, api.CompressRecipe
+    assert load_recipe(tmp_path / "r.yaml", CompressRecipe) == check_recipe(
+        values, CompressRecipe
     )
 
 

@@ -153,7 +153,7 @@ def test_the_smallest_study_runs_through_although_it_is_interrupted(tmp_path, mo
         [sys.executable, "-m", "smelt", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     begun = ("core/ar-moe/seed-0", "core/samoe/seed-0")
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not any(store.run(name + ".partial").exists() for name in begun):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
