@@ -278,9 +278,7 @@ def test_settings_by_plain_names_find_their_group():
 def test_a_recipe_from_python_is_that_of_its_file(tmp_path):
     (tmp_path / "r.yaml").write_text("source: a\noutput: b\nkeep: 0.5\ncalibration: {seed: 2}\n")
     values = {"source": "a", "output": "b", "keep": 0.5, "calibration": {"seed": 2}}
-    assert load_recipe(tmp_path / "r.yaml", CompressRecipe) == check_recipe(
-        values, CompressRecipe
-    )
+    assert load_recipe(tmp_path / "r.yaml", CompressRecipe) == check_recipe(values, CompressRecipe)
 
 
 FUNCTIONS = (api.inspect, api.calibrate, api.plan, api.apply, api.evaluate, api.compress)

@@ -24,6 +24,7 @@ NAMES = {"student": "a", "teacher": "b", "output": "c"}
         ({"steps": 5, "decompose": {"initial": 0.5, "final": 0.5}}, r"T ≤ T_i \+ T_f"),
         ({"learning_rate": 0}, "learning_rate 0 trains nothing; with decompose it prunes"),
         ({"distill": {"preset": "faithful"}, "cache": {}}, "leave cache out"),
+        ({"spans": {"redraw": True}, "cache": {}}, "leave redraw or cache out"),
         ({"train": "routers", "decompose": {}}, "decompose trains the experts"),
         ({"distill": {"weight": 0, "cross_entropy": 0}}, "nothing to learn"),
         ({"batch_size": 6, "accumulate": 4}, "equal micro-batches"),

@@ -77,6 +77,12 @@ class Sink:
                 "what is done so far is kept."
             )
 
+    def abandon(self) -> None:
+        """Undo a beginning that comes to nothing. Statistics that lie there stay, for another."""
+        (self.staging / "smelt" / JOURNAL).unlink(missing_ok=True)
+        if not (self.staging / "smelt" / "stats").exists():
+            shutil.rmtree(self.staging, ignore_errors=True)
+
     def shard(self, index: int, count: int) -> Path:
         """The file of shard `index` of `count`, in the staging folder."""
         name = SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"

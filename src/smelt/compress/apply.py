@@ -86,7 +86,11 @@ def _decided(compressor: Compressor, sink: Sink, stats: RoutingStats | None) -> 
 
     excluded = positions(facts.layers, plan.recipe.excluded, "excluded")
     positions_left = [i for i in range(len(facts.layers)) if i not in excluded]
-    found = decide_factors(plan, facts.layers, known, merged, positions_left)
+    try:
+        found = decide_factors(plan, facts.layers, known, merged, positions_left)
+    except PlanError:  # a budget that does not do
+        sink.abandon()
+        raise
     found.save(kept)
     return found
 

@@ -120,6 +120,12 @@ def _check_decompose(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> Non
         )
     if recipe.sequential:
         raise PlanError("sequential decides as it walks, decompose over all layers. Drop one.")
+    size, keep = recipe.decompose.size, recipe.decompose.keep
+    if size is not None and size <= keep:
+        raise PlanError(
+            f"decompose.size = {size}: the rows of S take decompose.keep = {keep} of the bytes and "
+            "more, which leaves nothing for U and V. Give a larger size, or keep fewer rows."
+        )
     if recipe.decompose.rank is None:
         return
     for layer in facts:

@@ -127,6 +127,11 @@ class HealRecipe(Settings):
             raise ValueError(
                 "preset faithful compares padding too, of which nothing is kept; leave cache out"
             )
+        if self.spans.redraw and self.cache is not None:
+            raise ValueError(
+                "spans.redraw draws other spans in each epoch, of which nothing is kept; leave "
+                "redraw or cache out"
+            )
         if self.distill.weight == 0 and self.distill.cross_entropy == 0:
             raise ValueError(
                 "distill.weight and distill.cross_entropy are both 0: nothing to learn"
