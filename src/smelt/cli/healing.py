@@ -144,8 +144,9 @@ def _heal(recipe: "HealRecipe", screen: Screen) -> None:
     bound = "" if recipe.cache is None else " (a lower bound, from the tokens kept)"
     screen.result(
         {"output": recipe.output, **result},
-        f"{number(result['parameters_trained'])} of {number(result['parameters'])} parameters "
-        f"trained, {result['tokens_trained']:,} tokens, in {clock(result['seconds'])}\n\n{table}\n"
+        f"{number(result['parameters_trained'])} parameters trained, "
+        f"{number(result['parameters'])} written, {result['tokens_trained']:,} tokens, in "
+        f"{clock(result['seconds'])}\n\n{table}\n"
         f"Nats per token; KL is the distance from the teacher's predictions{bound}.\n"
         f"Written to {recipe.output}\n\n"
         f"Next:  smelt evaluate {recipe.teacher} {recipe.student} {recipe.output} "
