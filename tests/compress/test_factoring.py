@@ -19,6 +19,7 @@ from smelt.compress.facts import bank_reader, read_facts
 from smelt.compress.pipeline import check_possible, run_plan
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError
+from smelt.evaluate.layer_error import layer_errors
 
 D, F, E = 32, 48, 8
 
@@ -68,6 +69,7 @@ def test_bytes_on_disk_are_what_the_plans_predicted(ground, tmp_path, decompose)
     assert decided.bytes_after_least is None
     assert found == decided.bytes_after
     least = plan.predicted.bytes_after_least
+    assert least is not None or not decompose.get("keep", 1)  # nothing exact is claimed too early
     assert (found if least is None else least) <= found <= plan.predicted.bytes_after
     if "rank" in decompose and decompose["keep"]:
         assert plan.predicted.bytes_after - (least or 0) < 0.1 * found
@@ -239,6 +241,12 @@ def test_a_budget_below_what_the_least_ranks_need_is_refused(ground, tmp_path):
     with pytest.raises(PlanError, match="budget"):
         made(ground, tmp_path / "out", size=0.02, keep=0.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_error_of_factors_is_not_measured_before_they_are_decided(ground, tmp_path):
+    plan = ground.plan(tmp_path / "out", form="mapped", decompose={"rank": 4})
+    with pytest.raises(PlanError, match="before ranks and rows are decided"):
+        layer_errors(ground.checkpoint, ground.facts, plan, ground.stats)
 
 
 def test_two_rules_for_the_rank_are_refused(ground, tmp_path):

@@ -18,6 +18,7 @@ from smelt.compress.facts import read_facts
 from smelt.compress.pipeline import check_possible
 from smelt.compress.units import keep_units, unit_scores
 from smelt.errors import CheckpointError, PlanError
+from smelt.evaluate.layer_error import layer_errors
 from smelt.experts import ExpertBank, apply, permute_hidden
 from smelt.recipe import CompressRecipe
 
@@ -120,6 +121,19 @@ def test_the_result_is_an_ordinary_checkpoint_of_the_predicted_size(ground, tmp_
     subprocess.run(command, check=True)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits"), model(TOKENS).logits)
+
+
+def test_the_error_that_a_plan_measures_holds_the_units_that_leave(ground, tmp_path):
+    whole = ground.plan(tmp_path / "a", method="reap")
+    thin = ground.plan(tmp_path / "b", method="reap", hidden_units=16)
+    alone = ground.plan(tmp_path / "c", experts=None, hidden_units=16)
+    measured = [
+        layer_errors(ground.checkpoint, ground.facts, plan, ground.stats)
+        for plan in (whole, thin, alone)
+    ]
+    for name in measured[0]:
+        assert measured[1][name] > measured[0][name]
+        assert 0 < measured[2][name] < 1
 
 
 SAFE = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe"]

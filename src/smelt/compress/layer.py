@@ -60,10 +60,6 @@ class Compressor:
             return Changed()
         labels, dominants = torch.tensor(plan.labels), torch.tensor(plan.dominants)
         merged = self.merged(layer, plan, stats, labels, dominants)
-        if plan.hidden_units is not None:
-            known = _needed(stats, "hidden_units")
-            scores = unit_scores(merged, known.input_sample, known.sample_groups(labels))
-            merged = keep_units(merged, scores, plan.hidden_units)
         if plan.operator == "keep" and self.plan.form == "stock":
             return Changed(self._experts(layer, merged), names)
         if self.plan.form == "expanded":
@@ -98,7 +94,23 @@ class Compressor:
         labels: Tensor,
         dominants: Tensor,
     ) -> ExpertBank:
-        """The G experts that stand for the layer's E."""
+        """The G experts that stand for the layer's E, with the hidden units that they keep."""
+        merged = self._whole(layer, plan, stats, labels, dominants)
+        if plan.hidden_units is None:
+            return merged
+        known = _needed(stats, "hidden_units")
+        scores = unit_scores(merged, known.input_sample, known.sample_groups(labels))
+        return keep_units(merged, scores, plan.hidden_units)
+
+    def _whole(
+        self,
+        layer: MoeLayer,
+        plan: LayerPlan,
+        stats: LayerStats | None,
+        labels: Tensor,
+        dominants: Tensor,
+    ) -> ExpertBank:
+        """The same with all hidden units."""
         bank = self.bank(layer)
         if plan.operator == "keep":
             return bank

@@ -119,7 +119,7 @@ class Predicted(_Strict):
     params_after: int
     bytes_before: int
     bytes_after: int  # at most
-    bytes_after_least: int | None = None  # while the rows of S are not decided; None: exact
+    bytes_after_least: int | None = None  # while ranks or rows are not decided; None: exact
     moe_flops_per_token_before: int  # 2 per weight used: the chosen experts and the router
     moe_flops_per_token_after: int  # choices of one group run once, at the rate of the sample
 

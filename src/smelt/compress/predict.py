@@ -5,6 +5,7 @@ from math import ceil, floor
 
 import torch
 
+from smelt.compress.check import positions
 from smelt.compress.plan import LayerFacts, LayerPlan, MatrixFactors, Plan, Predicted
 from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
@@ -113,10 +114,28 @@ def predict(
         params_after=other_params + after,
         bytes_before=other_bytes + sum(layer.bytes_before for layer in layers),
         bytes_after=most + slack,
-        bytes_after_least=most - slack if slack else None,
+        bytes_after_least=most - slack
+        if slack
+        else _least_by_spectrum(facts, layers, recipe, most),
         moe_flops_per_token_before=flops_before,
         moe_flops_per_token_after=round(flops_after),
     )
+
+
+def _least_by_spectrum(
+    facts: Sequence[LayerFacts], layers: Sequence[LayerPlan], recipe: CompressRecipe, most: int
+) -> int | None:
+    """The bytes without the experts whose ranks the spectrum will decide; None: there are none."""
+    if recipe.decompose is None or recipe.decompose.fixed_rank or any(x.factors for x in layers):
+        return None
+    excluded = positions(facts, recipe.excluded, "excluded")
+    pairs = zip(facts, layers, strict=True)
+    open_bytes = sum(
+        layer.bytes_after - fact.num_experts * (fact.router_bytes + fact.map_bytes)
+        for i, (fact, layer) in enumerate(pairs)
+        if i not in excluded
+    )
+    return most - open_bytes
 
 
 def predicted_again(

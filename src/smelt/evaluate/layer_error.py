@@ -16,6 +16,7 @@ from smelt.compress.calibrate import Progress, RoutingStats
 from smelt.compress.facts import Facts
 from smelt.compress.layer import Compressor
 from smelt.compress.plan import LayerPlan, Plan
+from smelt.errors import PlanError
 from smelt.evaluate.layers import group_of, ratio
 from smelt.evaluate.walks import weights_in
 from smelt.experts import ExpertBank, mixture
@@ -50,14 +51,23 @@ def layer_errors(
         plan: of this checkpoint, from these statistics; the groups of a sequential plan are the
             one-shot ones.
         workers: alignment solves at a time.
+
+    Raises:
+        PlanError: a plan that decomposes, whose ranks and rows are decided when it is applied.
     """
+    if plan.recipe.decompose is not None:
+        raise PlanError(
+            "The error of decomposed experts cannot be measured before ranks and rows are decided. "
+            "Leave --measure out, apply the plan, and hold the result against the original with "
+            "smelt evaluate --original."
+        )
     errors: dict[str, float] = {}
     router = _NewRouter(checkpoint, plan) if plan.form == "stock" else None
     with Aligner(workers) as aligner:
         compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
         for number, layer in enumerate(facts.anatomy.layers):
             decided = plan.layer(layer.name)
-            if decided.operator == "keep":
+            if decided.operator == "keep" and decided.hidden_units is None:
                 errors[layer.name] = 0.0
             else:
                 found = stats.layers[layer.name]
@@ -77,7 +87,7 @@ def _error(
     labels, dominants = torch.tensor(plan.labels), torch.tensor(plan.dominants)
     before = _mixed(compressor.bank(layer), stats, (stats.sample_choice, stats.sample_weight))
     routed = (group_of(stats.sample_choice, labels), stats.sample_weight)
-    if router is not None and layer.name != layer.block:
+    if router is not None and layer.name != layer.block and plan.operator != "keep":
         rows = compressor.rows(layer, plan, stats, labels, dominants)
         routed = router.route(layer, rows, stats.input_sample)
     merged = compressor.merged(layer, plan, stats, labels, dominants)
