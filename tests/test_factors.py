@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn.functional import gelu, silu
 
 from reference import factored as slow
 from smelt import experts
 from smelt.experts import gated
-from smelt.factors import FactorBank, LowRankSparse, apply, mixture
+from smelt.factors import FactorBank, LowRankSparse, apply
 
 G, F, D, R = 3, 6, 5, 2
 
@@ -60,16 +58,6 @@ def test_dense_is_the_obvious_sum(dtype):
         if "bias" not in name:
             expected = slow.dense(wide, name).to(dtype)
             torch.testing.assert_close(found, expected)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 1000), st.booleans())
-def test_the_mixture_is_the_layer_token_by_token(seed, is_gated):
-    factors = bank(is_gated=is_gated, seed=seed)
-    x, choice = torch.randn(6, D), torch.randint(-1, G, (6, 2))
-    weight = torch.rand(6, 2)
-    expected = slow.layer(factors.tensors(), factors.activation, torch.arange(G), x, choice, weight)
-    torch.testing.assert_close(mixture(factors, x, choice, weight), expected)
 
 
 def test_bytes_and_parameters_are_those_of_the_tensors():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
-from jaxtyping import Float, Int, Int32
+from jaxtyping import Float, Int32
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -188,20 +188,3 @@ def apply(bank: FactorBank, expert: int, x: Float[Tensor, "N D"]) -> Float[Tenso
 
     gate = None if bank.gate is None else product("gate", x)
     return product("down", bank.activation(gate, product("up", x)))
-
-
-def mixture(
-    bank: FactorBank,
-    x: Float[Tensor, "N D"],
-    choice: Int[Tensor, "N K"],
-    weight: Float[Tensor, "N K"],
-) -> Float[Tensor, "N D"]:
-    """The layer's output Σ_k weight·f_choice(x), in float32; a choice below 0 adds nothing."""
-    out = torch.zeros(x.shape[0], bank.down.shape[1], dtype=torch.float32, device=x.device)
-    for expert in choice.unique().tolist():
-        if expert < 0:
-            continue
-        token, slot = torch.where(choice == expert)
-        y = apply(bank, expert, x[token]).float() * weight[token, slot, None].float()
-        out.index_add_(0, token, y)
-    return out

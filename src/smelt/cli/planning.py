@@ -42,7 +42,8 @@ class Candidate:
         p = self.plan.predicted
         row["experts"] = counts([layer.num_groups for layer in self.plan.layers])
         row["parameters"] = number(p.params_after)
-        row["bytes"] = size(p.bytes_after)
+        least = p.bytes_after_least  # while ranks or rows are open
+        row["bytes"] = ("" if least is None else f"{size(least)} to ") + size(p.bytes_after)
         row["of original"] = f"{p.bytes_after / p.bytes_before:.1%}"
         row["MoE FLOPs/token"] = number(p.moe_flops_per_token_after)
         if self.errors is not None:
