@@ -24,7 +24,7 @@ from smelt.checkpoint.factored_forward import _grouped, _routed, expert_output, 
 from smelt.checkpoint.sink import Sink
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Walk
-from smelt.compress.decompose import decompose
+from smelt.compress.decompose import decompose, truncated_svd
 from smelt.experts import ExpertBank
 from smelt.factors import FactorBank
 
@@ -448,7 +448,7 @@ def test_opening_changes_nothing(both):
     for folder in both[:2]:  # a factored model and a mapped one
         model = load(folder)
         expected = logits(model)
-        factored.open_model(model, ranks_of(model))
+        factored.open_model(model, ranks_of(model), truncated_svd)
         assert all(factored.is_open(m) for m in experts_of(model).values())
         torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-5)
 
@@ -457,7 +457,7 @@ def test_the_gradient_of_s_is_that_of_the_weight(both):
     """W = U V + S, so ∂L/∂S = ∂L/∂W: of the mapped model's own experts."""
     plain = load(both[1])
     model = copy.deepcopy(plain)
-    factored.open_model(model, ranks_of(model))
+    factored.open_model(model, ranks_of(model), truncated_svd)
     for each in (plain, model):
         inputs = checkpoints.random_inputs(each.config)
         each(**inputs).logits.square().mean().backward()
@@ -477,7 +477,7 @@ def test_the_gradient_of_s_is_that_of_the_weight(both):
 
 def test_closing_keeps_what_the_masks_keep_and_saves_it_compactly(both, tmp_path):
     model = load(both[1])
-    factored.open_model(model, ranks_of(model))
+    factored.open_model(model, ranks_of(model), truncated_svd)
     masks = masks_of(model)
     for name, own in masks.items():
         module = model.get_submodule(name)
@@ -509,7 +509,7 @@ def test_opened_and_closed_by_its_own_rows_it_is_as_before(both, tmp_path):
             mask = torch.zeros(module.get_parameter(f"{m}_u").shape[:2], dtype=torch.bool)
             mask.view(-1)[module.get_buffer(f"{m}_row_ids").long()] = True
             masks[name][m] = mask
-    factored.open_model(model, ranks_of(model))
+    factored.open_model(model, ranks_of(model), truncated_svd)
     factored.close_model(model, masks)
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -518,7 +518,7 @@ def test_opened_and_closed_by_its_own_rows_it_is_as_before(both, tmp_path):
 
 def test_an_open_model_trains_and_its_factors_too(both):
     model = load(both[1])
-    factored.open_model(model, ranks_of(model))
+    factored.open_model(model, ranks_of(model), truncated_svd)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs = checkpoints.random_inputs(model.config)
     losses = []
@@ -531,19 +531,6 @@ def test_an_open_model_trains_and_its_factors_too(both):
     assert losses == sorted(losses, reverse=True)
 
 
-def test_low_rank_is_the_truncated_svd():
-    for shape in ((9, 6), (6, 9)):
-        weight = torch.randn(3, *shape)
-        weight[1] = 0.0
-        weight[2] = torch.randn(shape[0], 2) @ torch.randn(2, shape[1])
-        for rank in (1, 4, 6):
-            u, v = factored.low_rank(weight, rank)
-            a, s, b = torch.linalg.svd(weight, full_matrices=False)
-            expected = (a[..., :rank] * s[:, None, :rank]) @ b[:, :rank]
-            torch.testing.assert_close(u @ v, expected, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(u.mT @ u, v @ v.mT, atol=1e-5, rtol=1e-5)
-
-
 def test_what_cannot_be_opened_or_closed_is_refused(both):
     model = load(both[1])
     ranks = ranks_of(model)
@@ -551,10 +538,10 @@ def test_what_cannot_be_opened_or_closed_is_refused(both):
     with pytest.raises(ValueError, match="is not open"):
         factored.close_experts(module, {})
     with pytest.raises(ValueError, match="cannot be opened"):
-        factored.open_experts(nn.Linear(2, 2), {})
-    factored.open_model(model, ranks)
+        factored.open_experts(nn.Linear(2, 2), {}, truncated_svd)
+    factored.open_model(model, ranks, truncated_svd)
     with pytest.raises(ValueError, match="cannot be opened"):
-        factored.open_experts(module, ranks[name])
+        factored.open_experts(module, ranks[name], truncated_svd)
     masks = masks_of(model)
     wrong = masks[name] | {"up": masks[name]["up"][:, 1:]}
     with pytest.raises(ValueError, match="up: a mask of"):
@@ -563,7 +550,7 @@ def test_what_cannot_be_opened_or_closed_is_refused(both):
         factored.close_model(model, {n: m for n, m in masks.items() if n != name})
     other = load(both[0])
     with pytest.raises(ValueError, match=f"rank 2 asked for, the module has {RANK}"):
-        factored.open_model(other, ranks_of(other, rank=2))
+        factored.open_model(other, ranks_of(other, rank=2), truncated_svd)
 
 
 # --- every family --------------------------------------------------------------------------------
@@ -582,7 +569,7 @@ def test_every_family_that_can_be_mapped_can_be_factored(name):
         mapped.map_experts(module, count // 2)
         module.expert_map.copy_(torch.arange(count) % (count // 2))
     expected = logits(model)
-    factored.open_model(model, ranks_of(model, rank=2))
+    factored.open_model(model, ranks_of(model, rank=2), truncated_svd)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
     every = masks_of(model, share=2.0)
     model.config.factored_experts = None

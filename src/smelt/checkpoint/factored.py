@@ -61,13 +61,13 @@ def factor_experts(experts: nn.Module, spec: Spec) -> None:
 def open_experts(
     experts: nn.Module,
     rank: Mapping[str, int],
-    split: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    split: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> None:
     """Make a mapped or factored module trainable as U V + S with S dense: {m}_u, {m}_v, {m}_s.
 
     Args:
         rank: R by matrix; of a factored module it must be what the module has.
-        split: (W [G, O, I], R) → U [G, O, R], V [G, R, I]; the truncated SVD by default.
+        split: (W [G, O, I], R) → U [G, O, R], V [G, R, I]; the truncated SVD.
 
     S = W − U V in the weights' own type, so the function is the same within its rounding.
     Raises ValueError for a module that is neither, is open, or has another rank.
@@ -86,7 +86,7 @@ def open_experts(
         value = weights.pop(name)
         tensors = {name: value.clone()}
         if not name.endswith("_bias"):
-            u, v = (split or low_rank)(value, rank[name])
+            u, v = split(value, rank[name])
             u, v = u.to(value.dtype), v.to(value.dtype)
             rest = torch.stack([w - a @ b for w, a, b in zip(value, u, v, strict=True)])
             tensors = {f"{name}_u": u, f"{name}_v": v, f"{name}_s": rest}
@@ -142,7 +142,7 @@ def close_experts(experts: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, 
 def open_model(
     model: nn.Module,
     ranks: Mapping[str, Mapping[str, int]],
-    split: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
+    split: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> None:
     """`open_experts` of every experts module named in `ranks` (module name → matrix → R)."""
     for name, rank in ranks.items():
@@ -162,25 +162,6 @@ def close_model(model: Any, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, mask in masks.items():
         specs[name] = close_experts(model.get_submodule(name), mask)
     model.config.factored_experts = specs
-
-
-def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The truncated SVD of each matrix [G, O, I], √σ in both factors: U [G, O, R], V [G, R, I].
-
-    From the eigenvectors of the smaller of W Wᵀ and Wᵀ W in float64, matrix by matrix.
-    """
-    us, vs = [], []
-    for matrix in weight:
-        wide = matrix.shape[0] < matrix.shape[1]
-        tall = (matrix.T if wide else matrix).double()
-        right = torch.linalg.eigh(tall.T @ tall)[1][:, -rank:].flip(1)
-        left = tall @ right
-        root = torch.linalg.vector_norm(left, dim=0).sqrt()  # √σ
-        left = torch.where(root > 0, left / root, 0.0)
-        u, v = (right * root, left.T) if wide else (left, (right * root).T)
-        us.append(u.to(weight.dtype))
-        vs.append(v.to(weight.dtype))
-    return torch.stack(us), torch.stack(vs)
 
 
 def dense_weights(experts: nn.Module, get: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from smelt.checkpoint.factored import close_model, dense_weights, is_factored, open_model
 from smelt.checkpoint.factored_forward import matrices
-from smelt.compress.decompose import choose_rows
+from smelt.compress.decompose import choose_rows, truncated_svd
 from smelt.errors import RecipeError
 from smelt.train.heal_settings import DecomposeSettings
 from smelt.train.sparsify import keep_share, row_importance, running
@@ -52,7 +52,7 @@ class PrunedRows:
         self.model, self.settings, self.steps = model, settings, steps
         self.share = 1.0  # of the entries of S that stay
         ranks = ranks_of(model, settings.rank, settings.excluded)
-        open_model(model, ranks)
+        open_model(model, ranks, truncated_svd)
         self.matrices = [
             _matrix(model, module, name) for module, own in ranks.items() for name in own
         ]
