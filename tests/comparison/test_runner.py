@@ -8,6 +8,7 @@ from smelt.comparison.runner import run_comparison
 from smelt.comparison.schedule import Progress
 from smelt.comparison.tables import results
 from smelt.errors import RecipeError
+from smelt.study.records import Records
 
 TRIALS = [
     f"sst2/search/{name}/rate-{rate}"
@@ -120,3 +121,25 @@ def test_tables_hold_rows_against_the_full_model_and_the_focus(make, worker):
 def test_an_unknown_part_names_those_there_are(make):
     with pytest.raises(RecipeError, match="no part 'mian'; there are main, more"):
         run_comparison(make(), only="mian")
+
+
+def test_a_comparison_goes_on_elsewhere_from_its_records(make, worker, tmp_path):
+    whole = make()
+    run_comparison(whole, jobs=1)
+    assert worker() == ALL
+    records = Records(tmp_path / "records.jsonl.gz")
+    here = make(output=str(tmp_path / "here"))
+    run_comparison(here, only="main", jobs=1, records=records)
+    there = make(output=str(tmp_path / "there"))
+    ran = run_comparison(there, jobs=1, records=records)
+    # the weights that the rest is made from, and no other model again
+    assert ran.done == ["sst2/seed-0/full", "sst2/seed-0/other", "sst2/seed-0/unhealed"]
+    assert results(there) == results(whole)
+
+
+def test_a_comparison_of_which_all_is_recorded_makes_no_weights(make, worker, tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    run_comparison(make(), jobs=1, records=records)
+    there = make(output=str(tmp_path / "there"))
+    before = len(worker())
+    assert run_comparison(there, records=records).done == [] and len(worker()) == before

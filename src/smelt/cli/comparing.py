@@ -10,6 +10,7 @@ from smelt.cli.screen import Screen, Stopped, clock
 if TYPE_CHECKING:
     from smelt.comparison.schedule import Job
     from smelt.comparison.settings import ComparisonRecipe
+    from smelt.study.records import Records
 
 
 def compare(
@@ -22,24 +23,33 @@ def compare(
     table: bool,
     latency: bool,
     dry_run: bool,
+    records: "Records | None" = None,
 ) -> None:
     """Run what is not done, then show the tables; or one of the two; or list the jobs."""
-    from smelt.comparison.runner import check_part
+    from smelt.comparison.runner import check_part, restore
+    from smelt.comparison.schedule import Progress
 
     check_part(read, only)
+    if records is not None and (dry_run or table):
+        restore(Progress(read), records)
     if dry_run:
         _list(screen, read, only)
         return
     failed: dict[str, str] = {}
     if not table:
-        failed = _run(screen, read, only, jobs, threads)
-    _tables(screen, read, only, threads, latency=latency)
+        failed = _run(screen, read, only, jobs, threads, records)
+    _tables(screen, read, only, threads, records, latency=latency)
     if failed:
         raise typer.Exit(1)
 
 
 def _run(
-    screen: Screen, read: "ComparisonRecipe", only: str | None, jobs: int, threads: int
+    screen: Screen,
+    read: "ComparisonRecipe",
+    only: str | None,
+    jobs: int,
+    threads: int,
+    records: "Records | None",
 ) -> dict[str, str]:
     from smelt.comparison.runner import run_comparison
 
@@ -48,7 +58,9 @@ def _run(
         screen.note(f"{job.id}: {what}{after}")
 
     try:
-        return run_comparison(read, only=only, jobs=jobs, threads=threads, on_job=on_job).failed
+        return run_comparison(
+            read, only=only, jobs=jobs, threads=threads, records=records, on_job=on_job
+        ).failed
     except Stopped as stopped:
         stopped.kept = Path(read.output)
         raise
@@ -64,9 +76,16 @@ def _list(screen: Screen, read: "ComparisonRecipe", only: str | None) -> None:
 
 
 def _tables(
-    screen: Screen, read: "ComparisonRecipe", only: str | None, threads: int, *, latency: bool
+    screen: Screen,
+    read: "ComparisonRecipe",
+    only: str | None,
+    threads: int,
+    records: "Records | None",
+    *,
+    latency: bool,
 ) -> None:
     from smelt.comparison.markdown import report
+    from smelt.comparison.schedule import Progress
     from smelt.comparison.tables import results
 
     if latency:
@@ -77,5 +96,7 @@ def _tables(
         logging.disable_progress_bar()  # transformers' own bars: ours say enough
         with screen.watching() as stages:
             measure_latency(read, only, threads=threads, progress=stages("measuring"))
+        if records is not None:
+            records.keep(Progress(read).store, "latency.json")
     found = results(read, only)
     screen.result(found, report(found))

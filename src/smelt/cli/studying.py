@@ -11,6 +11,7 @@ from smelt.cli.screen import Screen, Stopped, clock
 from smelt.errors import RecipeError
 
 if TYPE_CHECKING:
+    from smelt.study.records import Records
     from smelt.study.settings import StudyRecipe
 
 
@@ -41,6 +42,14 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: list every cell and where it stands.")
     ] = False,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            "--records",
+            help="A file of the figures of finished runs: those in it count as done, those of "
+            "this call are added. Weights are not in it.",
+        ),
+    ] = None,
     settings: options.Sets = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -52,7 +61,10 @@ def study(
     screen = Screen(as_json=as_json, quiet=quiet)
     os.environ.setdefault("TQDM_DISABLE", "1")
     from smelt.recipe import load_recipe, read_values
+    from smelt.study.records import Records
+    from smelt.study.runner import restore
     from smelt.study.settings import StudyRecipe
+    from smelt.study.store import Store
 
     if "kind" in read_values(recipe, StudyRecipe):
         from smelt.cli.comparing import compare
@@ -69,24 +81,33 @@ def study(
             table=table,
             latency=latency,
             dry_run=dry_run,
+            records=None if records is None else Records(records),
         )
         return
     if latency:
         raise RecipeError("--latency is of comparisons; a study of training has --decode.")
     read = load_recipe(recipe, StudyRecipe, settings or ())
+    kept = None if records is None else Records(records)
+    if kept is not None and (dry_run or table):
+        restore(read, Store(read.output), kept)
     if dry_run:
         _list(screen, read, only)
         return
     failed: dict[str, str] = {}
     if not table:
-        failed = _run(screen, read, only, jobs, threads)
-    _tables(screen, read, only, decode=decode)
+        failed = _run(screen, read, only, jobs, threads, kept)
+    _tables(screen, read, only, kept, decode=decode)
     if failed:
         raise typer.Exit(1)
 
 
 def _run(
-    screen: Screen, read: "StudyRecipe", only: str | None, jobs: int, threads: int
+    screen: Screen,
+    read: "StudyRecipe",
+    only: str | None,
+    jobs: int,
+    threads: int,
+    records: "Records | None",
 ) -> dict[str, str]:
     from smelt.study.runner import run_study
     from smelt.study.schedule import Job
@@ -97,7 +118,9 @@ def _run(
         screen.note(f"{job.id}{kind}: {what}{after}")
 
     try:
-        return run_study(read, only=only, jobs=jobs, threads=threads, on_job=on_job).failed
+        return run_study(
+            read, only=only, jobs=jobs, threads=threads, records=records, on_job=on_job
+        ).failed
     except Stopped as stopped:
         stopped.kept = Path(read.output)
         raise
@@ -121,11 +144,13 @@ def _tables(
     screen: Screen,
     read: "StudyRecipe",
     only: str | None,
+    records: "Records | None",
     *,
     decode: bool,
 ) -> None:
     from smelt.study.markdown import report
     from smelt.study.runner import check_part
+    from smelt.study.store import Store
     from smelt.study.tables import results
 
     check_part(read, only)
@@ -137,5 +162,7 @@ def _tables(
         logging.disable_progress_bar()  # transformers' own bars: ours say enough
         with screen.watching() as stages:
             measure_decode(read, only, progress=stages("decoding"))
+        if records is not None:
+            records.keep(Store(read.output), "decode.json")
     found = results(read, only)
     screen.result(found, report(found))

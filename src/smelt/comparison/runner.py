@@ -7,6 +7,7 @@ from smelt.comparison.settings import ComparisonRecipe
 from smelt.comparison.works import START
 from smelt.errors import RecipeError
 from smelt.recipe import dump_recipe
+from smelt.study.records import Records, forget
 from smelt.study.runner import OnJob, Ran, carry_out
 from smelt.study.store import flat, read
 
@@ -29,6 +30,7 @@ def run_comparison(
     only: str | None = None,
     jobs: int = 2,
     threads: int = 1,
+    records: Records | None = None,
     on_job: OnJob[Job] = lambda job, what, seconds: None,
 ) -> Ran:
     """Do all of a comparison that is not done yet.
@@ -41,6 +43,7 @@ def run_comparison(
         only: a part, and what it needs.
         jobs: processes at a time.
         threads: of each process.
+        records: finished jobs of earlier calls, elsewhere perhaps; those of this one are added.
         on_job: told of every beginning and end.
 
     Raises:
@@ -51,6 +54,8 @@ def run_comparison(
     progress = Progress(study, only)
 
     def begin() -> None:
+        if records is not None:
+            restore(progress, records)
         check_settings(progress)
         dump_recipe(study, progress.store.folder / "comparison.yaml")
         progress.tidy()
@@ -61,16 +66,37 @@ def run_comparison(
         dump_recipe(job.work, path)
         return [*WORK, str(path)]
 
+    def settle(job: Job) -> None:
+        progress.tidy()
+        if records is not None and job.id != START:
+            records.keep(progress.store, job.id)
+
     return carry_out(
         progress.store,
         progress.ready,
         words,
-        lambda _: progress.tidy(),
+        settle,
         begin=begin,
         jobs=jobs,
         threads=threads,
         on_job=on_job,
     )
+
+
+def restore(progress: Progress, records: Records) -> None:
+    """Lay out records; a model that others are still to be made from is left to be made again."""
+    restored = set(records.restore(progress.store))
+    while True:  # what is forgotten may have been made from another one
+        lacking = [
+            cell.id
+            for cell in progress.every
+            if cell.id in restored and progress.is_built_upon(cell)
+        ]
+        if not lacking:
+            return
+        for name in lacking:
+            forget(progress.store, name)
+            restored.discard(name)
 
 
 def check_part(study: ComparisonRecipe, only: str | None) -> None:

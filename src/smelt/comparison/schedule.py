@@ -197,9 +197,8 @@ class Progress:
         """Remove weights and statistics that no cell of the comparison needs any more."""
         if self.study.keep == "all":
             return
-        done = {cell.id for cell in self.every if self.is_done(cell.id)}
         for cell in self.every:
-            if cell.id not in done or self._is_needed(cell, done):
+            if not self.is_done(cell.id) or self._is_timed(cell) or self.is_built_upon(cell):
                 continue
             folder = self.store.run(cell.id)
             for path in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
@@ -208,14 +207,16 @@ class Progress:
                 for path in Path(self.works.stats(cell)).glob("*"):
                     path.unlink()
 
-    def _is_needed(self, cell: Cell, done: set[str]) -> bool:
-        """Whether the cell is timed, or others that are made from it are not done."""
+    def _is_timed(self, cell: Cell) -> bool:
         timed = self.study.latency
-        if timed is not None and (cell.task, cell.seed) == (timed.task, timed.seed):
-            return True
+        return timed is not None and (cell.task, cell.seed) == (timed.task, timed.seed)
+
+    def is_built_upon(self, cell: Cell) -> bool:
+        """Whether cells or trials that are made from this one are not done."""
         same = [one for one in self.every if (one.task, one.seed) == (cell.task, cell.seed)]
-        if any(one.id not in done and cell in (one.full, self._after(one)) for one in same):
-            return True
+        for one in same:
+            if cell in (one.full, self._after(one)) and one != cell and not self.is_done(one.id):
+                return True
         search = self.study.heal_search
         if search is None or cell.seed != search.seed or not searched(self.study, cell.task):
             return False

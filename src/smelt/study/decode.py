@@ -23,7 +23,8 @@ def measure_decode(
 
     Seeds differ in nothing that takes time, so the first one stands for its row. The context is the
     middle of a training sequence. The batches are those of the evaluation of each row's part; a
-    row measured before in another call keeps those figures until it is measured again.
+    row measured before in another call keeps those figures until it is measured again. A row known
+    by records alone has nothing to measure.
 
     Returns:
         what is written to OUTPUT/decode.json: `milliseconds` of the fastest turn by cell and batch,
@@ -36,7 +37,7 @@ def measure_decode(
         batches = evaluation_of(study, row.part).decode_batches
         cell = row.runs[min(row.runs)].cell
         group = groups.setdefault((batches, row.recipe.sequence_length // 2), [])
-        if cell not in group and not row.is_twin:
+        if cell not in group and not row.is_twin and store.has_weights(cell):
             group.append(cell)
     path = store.folder / "decode.json"
     found: dict[str, Any] = {"milliseconds": {}, "steps": []} | (read(path) or {})

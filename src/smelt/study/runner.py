@@ -14,9 +14,10 @@ from typing import Any, Generic, Protocol, TypeVar
 from smelt.errors import RecipeError
 from smelt.recipe import dump_recipe
 from smelt.study.cells import cells, searches
+from smelt.study.records import Records, forget
 from smelt.study.schedule import Job, rates, ready
 from smelt.study.settings import OWN, StudyRecipe
-from smelt.study.store import Store, slim
+from smelt.study.store import Store, evaluation_of, slim
 
 _GRACE = 20.0
 """Seconds for processes to end, when asked to and when an earlier run of the study was killed."""
@@ -63,6 +64,7 @@ def run_study(
     only: str | None = None,
     jobs: int = 2,
     threads: int = 1,
+    records: Records | None = None,
     on_job: OnJob[Job] = lambda job, what, seconds: None,
 ) -> Ran:
     """Do all of a study that is not done yet.
@@ -75,6 +77,7 @@ def run_study(
         only: a part; its own cells and the searches it needs.
         jobs: processes at a time.
         threads: of each process.
+        records: finished runs of earlier calls, elsewhere perhaps; those of this one are added.
         on_job: told of every beginning and end.
 
     Raises:
@@ -85,6 +88,8 @@ def run_study(
     store = Store(study.output)
 
     def begin() -> None:
+        if records is not None:
+            restore(study, store, records)
         check_settings(study, store)
         dump_recipe(study, store.folder / "study.yaml")
 
@@ -92,6 +97,8 @@ def run_study(
         is_over = job.kind == "evaluate" or not store.lacking(job.id, job.evaluation)
         if job.kind != "trial" and is_over and study.keep == "last":
             slim(store.run(job.id), is_trial=False)
+        if records is not None and (job.kind == "trial" or is_over):
+            records.keep(store, job.id)
 
     return carry_out(
         store,
@@ -151,6 +158,14 @@ def carry_out(
                     _settle(one, store, ran, settle, on_job)
         finally:
             _stop(pool)
+
+
+def restore(study: StudyRecipe, store: Store, records: Records) -> None:
+    """Lay out records; a cell that something more is asked of is left to be trained again."""
+    restored = set(records.restore(store))
+    for cell in cells(study):
+        if cell.id in restored and store.lacking(cell.id, evaluation_of(study, cell.part)):
+            forget(store, cell.id)
 
 
 def check_part(study: StudyRecipe, only: str | None) -> None:

@@ -40,6 +40,14 @@ class Store:
         """Whether the run is finished."""
         return (self.run(name) / "smelt" / "training.json").is_file()
 
+    def is_begun(self, name: str) -> bool:
+        """Whether the run is on its way: a kill interrupted it, or a process is at it."""
+        return self.run(name + ".partial").exists()
+
+    def has_weights(self, name: str) -> bool:
+        """Whether weights lie in the run's folder; a record of a run has none."""
+        return any(self.run(name).glob("*.safetensors"))
+
     def training(self, name: str) -> dict[str, Any] | None:
         """What the run reached (`training.json`), None while it is not finished."""
         return read(self.run(name) / "smelt" / "training.json")

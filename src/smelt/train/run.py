@@ -13,6 +13,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from smelt.checkpoint.device import denormals_as_zero
 from smelt.train import distributed, reduce
 from smelt.train.batches import Rows
 from smelt.train.log import Log
@@ -105,7 +106,8 @@ def carry_out(trainer: RunTrainer, watch: Watch, checkpoint: Path | None) -> Ran
     if checkpoint is not None:
         watch.restore(checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with denormals_as_zero():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         trainer.timer.stop()
         trainer.log_file.close()

@@ -1,0 +1,124 @@
+"""Records: the figures of finished runs in one file, so that a study outlives its machine.
+
+Weights stay behind: a run of which a record is there is finished for the tables and for everything
+that is not made from its weights.
+"""
+
+import datetime
+import gzip
+import json
+import platform
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from smelt.errors import RecipeError
+from smelt.study.store import Store
+
+KINDS = ("json", "outcomes.json")
+"""Endings of the files beside a run's folder that its record holds."""
+INSIDE = ("smelt/training.json", "smelt/recipe.yaml")
+"""Files in a run's folder that its record holds."""
+
+TIMED = ("decode.json", "latency.json")
+"""Names of records that hold what was timed of a whole study."""
+
+
+class Records:
+    """A file of records: a JSON object a line, packed by gzip if its name ends with .gz.
+
+    Of one run the last line holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep(self, store: Store, name: str) -> None:
+        """Add the figures of a run that has just finished, or what was timed of the study."""
+        texts = {
+            key: path.read_text(encoding="utf-8")
+            for key, path in _places(store, name).items()
+            if path.is_file()
+        }
+        line = {
+            "name": name,
+            "day": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+            "machine": _processor(),
+            "files": {
+                key: json.loads(text) if key.endswith("json") else text
+                for key, text in texts.items()
+            },
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._open("at") as file:
+            file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+    def restore(self, store: Store) -> list[str]:
+        """Lay out the records of runs of which the store has nothing; their names.
+
+        Raises:
+            RecipeError: a line that is no record.
+        """
+        if not self.path.is_file():
+            return []
+        latest = {line["name"]: line["files"] for line in self._lines()}
+        restored = []
+        for name, files in latest.items():
+            places = _places(store, name)
+            if store.is_begun(name) or any(path.exists() for path in places.values()):
+                continue
+            for key, value in files.items():
+                path = places[key]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                path.write_text(text, encoding="utf-8")
+            restored.append(name)
+        return restored
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        known, done = {*KINDS, *INSIDE}, 0
+        try:
+            with self._open("rt") as file:
+                for text in file:
+                    line = json.loads(text)
+                    if not isinstance(line["name"], str) or line["files"].keys() - known:
+                        raise KeyError("name")
+                    yield line
+                    done += 1
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zlib.error):
+            raise RecipeError(
+                f"{self.path}: what follows line {done} is no record of a run. Restore the file, "
+                "or name another one."
+            ) from None
+
+    def _open(self, mode: str) -> IO[str]:
+        if self.path.suffix == ".gz":
+            return gzip.open(self.path, mode, encoding="utf-8")  # type: ignore[return-value]
+        return self.path.open(mode, encoding="utf-8")
+
+
+def forget(store: Store, name: str) -> None:
+    """Remove all that the store holds of a run."""
+    shutil.rmtree(store.run(name), ignore_errors=True)
+    for kind in KINDS:
+        store.beside(name, kind).unlink(missing_ok=True)
+
+
+def _places(store: Store, name: str) -> dict[str, Path]:
+    if name in TIMED:
+        return {"json": store.folder / name}
+    inside = {key: store.run(name) / key for key in INSIDE}
+    return {kind: store.beside(name, kind) for kind in KINDS} | inside
+
+
+def _processor() -> str:
+    """The processor's name, so that times of other machines are known as such."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
