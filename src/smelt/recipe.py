@@ -41,6 +41,27 @@ def load_recipe(path: str | Path, cls: type[SettingsT], overrides: Sequence[str]
     return check_recipe(values, cls, origin=str(path))
 
 
+def find_recipe(named: str | Path, kind: str) -> Path:
+    """The file that is meant: a path, or the bare name of a recipe that comes with smelt.
+
+    Args:
+        named: `recipes/study/tiny.yaml`, or `tiny` or `tiny.yaml` where there is no such file.
+        kind: the folder of such recipes: study, train.
+    """
+    path = Path(named)
+    if path.suffix not in ("", ".yaml") or len(path.parts) != 1 or path.is_file():
+        return path
+    package = Path(__file__).parent
+    folders = (package / "recipes" / kind, package.parents[1] / "recipes" / kind)  # wheel, clone
+    known = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if path.stem not in known:
+        raise RecipeError(
+            f"{named}: there is no such recipe. Write the path of a YAML file, or one of "
+            f"{', '.join(sorted(known)) or 'none (this smelt has none with it)'}."
+        )
+    return known[path.stem]
+
+
 def read_values(path: str | Path, cls: type[Settings]) -> dict[str, Any]:
     """The settings that a YAML file spells, not yet checked against `cls`."""
     path = Path(path)

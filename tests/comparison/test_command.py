@@ -22,9 +22,10 @@ def test_the_command_lists_every_job_and_runs_nothing(tmp_path):
     assert "no part 'mian'; there are main, healing" in smelt(*words, "--only", "mian").err
 
 
-def test_the_tables_of_the_paper_are_jobs_of_one_recipe(monkeypatch, tmp_path):
-    monkeypatch.setenv("SMELT_SWITCH", str(tmp_path / "switch"))
-    rows = smelt("study", RECIPES / "mc-smoe.yaml", "--dry-run", "--json").json
+def test_the_tables_of_the_paper_are_jobs_of_one_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # recipes that come along are found by their names
+    rows = smelt("study", "mc-smoe", "--dry-run", "--json").json
+    assert rows[0]["job"] == "start"  # the Switch that all of it begins with
     cells = {row["job"] for row in rows if "/seed-" in row["job"]}
     for task in ("sst2", "mrpc", "wikiqa", "squad"):
         for seed in range(3):
@@ -35,10 +36,20 @@ def test_the_tables_of_the_paper_are_jobs_of_one_recipe(monkeypatch, tmp_path):
     assert all(row["measured on"] == "choose" for row in rows if "/search/" in row["job"])
 
 
-def test_an_unset_start_is_named(monkeypatch):
-    monkeypatch.delenv("SMELT_SWITCH", raising=False)
-    done = smelt("study", RECIPES / "mc-smoe.yaml", "--dry-run")
-    assert done.code == 2 and "SMELT_SWITCH, which is not set" in done.err
+def test_a_start_that_is_named_is_not_trained(tmp_path):
+    words = ("study", "mc-smoe", "--dry-run", "--json")
+    rows = smelt(*words, "--set", f"start={tmp_path}").json
+    assert rows[0]["job"] == "sst2/seed-0/full"
+    done = smelt(*words, "--set", "start=${NOT_SET_HERE}")
+    assert done.code == 2 and "NOT_SET_HERE, which is not set" in done.err
+
+
+def test_a_name_that_no_recipe_has_is_told_those_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = smelt("study", "mc-smo", "--dry-run")
+    assert done.code == 2 and "one of mc-smoe, mc-smoe-tiny, samoe, tiny" in done.err
+    (tmp_path / "tiny").write_text("variants: 1\n")  # a file of that name is what is meant
+    assert "variants" in smelt("study", "tiny", "--dry-run").err
 
 
 def test_options_of_the_other_kind_of_study_are_refused(tmp_path):

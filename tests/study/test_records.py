@@ -75,8 +75,8 @@ def test_a_record_made_with_other_settings_is_refused(make, worker, tmp_path):
     records = Records(tmp_path / "records.jsonl")
     run_study(make(), only="core", records=records)
     assert worker()
+    other = make(output=str(tmp_path / "there"), base__weight_decay=0.2)
     with pytest.raises(RecipeError, match=r"weight_decay = 0\.1, the study says 0\.2"):
-        other = make(output=str(tmp_path / "there"), base__weight_decay=0.2)
         run_study(other, records=records)
 
 

@@ -19,8 +19,8 @@ def study(
     recipe: Annotated[
         Path,
         typer.Argument(
-            help="A study of training (recipes/study/samoe.yaml) or, with kind: comparison, of "
-            "compression (recipes/study/mc-smoe.yaml)."
+            help="A study of training or, with kind: comparison, of compression: a recipe file, or "
+            "the name of one that comes along (samoe, mc-smoe, tiny)."
         ),
     ],
     only: Annotated[str | None, typer.Option("--only", help="One part of it.")] = None,
@@ -60,12 +60,13 @@ def study(
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from smelt.recipe import load_recipe, read_values
+    from smelt.recipe import find_recipe, load_recipe, read_values
     from smelt.study.records import Records
     from smelt.study.runner import restore
     from smelt.study.settings import StudyRecipe
     from smelt.study.store import Store
 
+    recipe = find_recipe(recipe, "study")
     if "kind" in read_values(recipe, StudyRecipe):
         from smelt.cli.comparing import compare
         from smelt.comparison.settings import ComparisonRecipe

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/train/tiny-moe.yaml.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A recipe file, or the name of one that comes along, such as samoe-tiny."
+        ),
+    ],
     settings: options.Sets = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -45,12 +50,12 @@ def _train(recipe: Path, settings: options.Sets, screen: Screen) -> None:
     from transformers import logging
 
     from smelt.evaluate.results import markdown
-    from smelt.recipe import load_recipe
+    from smelt.recipe import find_recipe, load_recipe
     from smelt.train.settings import TrainRecipe
     from smelt.train.trainer import train as run
 
     logging.disable_progress_bar()  # transformers' own bars: ours say enough
-    read = load_recipe(recipe, TrainRecipe, settings or ())
+    read = load_recipe(find_recipe(recipe, "train"), TrainRecipe, settings or ())
     if read.task is not None:
         screen.note(f"reading {read.task.name} and the weights of {read.start}")
     elif read.start is not None:

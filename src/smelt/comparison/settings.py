@@ -122,7 +122,7 @@ class ComparisonRecipe(Settings):
 
     kind: Literal["comparison"]
     output: str  # folder of all cells and tables
-    start: str | Overrides  # a checkpoint folder; or a training recipe, or the .yaml file of one
+    start: str | Overrides  # a checkpoint folder; a training recipe, its .yaml file, or that's name
     fine_tune: Overrides | None = Field(default={})  # of `smelt train`, without task and output
     tasks: Annotated[dict[Name, Ground], Field(min_length=1)]
     calibration: Overrides = Field(default={})

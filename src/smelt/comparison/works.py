@@ -14,6 +14,7 @@ from smelt.recipe import (
     CompressRecipe,
     check_recipe,
     expand_environment,
+    find_recipe,
     read_values,
 )
 from smelt.study.store import Store
@@ -58,7 +59,7 @@ class Works:
         if isinstance(named, str):
             if not named.endswith(".yaml"):
                 return None
-            named = read_values(named, TrainRecipe)
+            named = read_values(find_recipe(named, "train"), TrainRecipe)
         recipe = check_recipe({**named, "output": self.start}, TrainRecipe, origin=START)
         return Work(kind="start", result=str(self.result(START)), model=self.start, train=recipe)
 
