@@ -1,6 +1,7 @@
 """Going on from a checkpoint: on text, or on a benchmark as text to text."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -312,6 +313,14 @@ def values_of_a_causal_model(samoe, tmp_path):
 def test_a_start_that_is_none_is_refused(tuning, tmp_path, run):
     with pytest.raises(SmeltError, match="holds no tokenizer"):
         run(tuning, start=str(tmp_path))
+
+
+def test_a_start_without_a_tokenizer_is_refused(started, tuning, tmp_path, run):
+    """transformers would make one of the family's kind, to which every word is unknown."""
+    bare = tmp_path / "bare"
+    shutil.copytree(started, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    with pytest.raises(SmeltError, match="holds no tokenizer"):
+        run(tuning, start=str(bare))
 
 
 def test_another_task_is_not_gone_on_with(tuning, run):

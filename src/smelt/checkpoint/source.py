@@ -135,20 +135,13 @@ class Checkpoint:
             CheckpointError: there is none, or transformers cannot read it.
         """
         try:
-            found = AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code
-            )
-            # Without any of its files, transformers makes an empty tokenizer of the family's kind.
-            files = set(found.vocab_files_names.values())
-            if files and not any((self.folder / n).is_file() for n in files | {"tokenizer.json"}):
-                raise FileNotFoundError
+            return read_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # tokenizers raise anything from OSError to bare Exception
             raise CheckpointError(
                 f"{self.folder}: no readable tokenizer beside the weights "
                 f"({type(error).__name__}). Text needs one: copy the tokenizer files of the "
                 "original model into the folder."
             ) from None
-        return found
 
     @cached_property
     def _conversions(self) -> list[Any]:
@@ -256,3 +249,19 @@ class Checkpoint:
             for handle in handles.values():
                 handle.close()
         return digest.hexdigest()
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        FileNotFoundError: none of its files is there (transformers would make an empty tokenizer of
+            the family's kind, to which every word is unknown).
+    """
+    found = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    files = set(found.vocab_files_names.values())
+    if files and not any((folder / name).is_file() for name in files | {"tokenizer.json"}):
+        raise FileNotFoundError(f"none of {', '.join(sorted(files))}")
+    return found

@@ -14,8 +14,9 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from smelt.checkpoint.source import read_tokenizer
 from smelt.errors import RecipeError
 from smelt.recipe import expand_environment
 from smelt.text import TokenBlocks, tokenize
@@ -167,9 +168,7 @@ def _fit_settings(settings: TokenizerSettings, text: TextSettings) -> dict[str, 
 def _of_folder(named: str, with_mask: bool) -> PreTrainedTokenizerBase:
     folder = expand_environment(named)
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
+        found: PreTrainedTokenizerBase = read_tokenizer(Path(folder))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RecipeError(
