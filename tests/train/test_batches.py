@@ -1,10 +1,12 @@
 """Laws of batches: the order of examples, and the corruption of masked language models."""
 
+from itertools import chain, pairwise
+
 import pytest
 import torch
 
 from smelt.text import parse_source
-from smelt.train.batches import Masking, Order
+from smelt.train.batches import POOL, Masking, Order
 from smelt.train.data import train_tokenizer
 
 
@@ -36,6 +38,31 @@ def test_micro_batches_and_processes_share_out_the_same_steps(parts, num_process
         together = [number for share in shares for batch in share[micro] for number in batch]
         assert sorted(together) == sorted(whole)
         assert len({len(batch) for share in shares for batch in share[micro]}) == 1
+
+
+LENGTHS = [5, 60, 7, 58, 6, 59, 8, 61, 9, 57]
+
+
+def test_batches_by_length_hold_the_examples_of_the_plain_order():
+    settings = {"steps": 2 * POOL}
+    plain, grouped = order(**settings), order(**settings, lengths=LENGTHS)
+    assert plain != grouped == order(**settings, lengths=LENGTHS)
+    for begin in (0, POOL):
+        pools = [sorted(chain(*one[begin : begin + POOL])) for one in (plain, grouped)]
+        assert pools[0] == pools[1]
+
+
+def test_batches_by_length_are_of_about_one_length_in_no_order_of_lengths():
+    grouped = order(steps=POOL, lengths=LENGTHS)
+    spread = [[LENGTHS[number % 10] for number in batch] for batch in grouped]
+    assert sum(max(one) - min(one) > 4 for one in spread) <= 1  # the batch between short and long
+    assert 20 < sum(max(a) < max(b) for a, b in pairwise(spread)) < POOL - 20
+
+
+def test_micro_batches_of_batches_by_length_share_out_the_same_steps():
+    halves = order(steps=9, parts=2, lengths=LENGTHS)
+    whole = order(steps=9, lengths=LENGTHS)
+    assert [halves[2 * i] + halves[2 * i + 1] for i in range(9)] == whole
 
 
 # --- masks ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,10 @@ class Rows(Protocol):
     from the number alone.
     """
 
+    @property
+    def lengths(self) -> Sequence[int] | None:
+        """Of the examples, where batches go by them."""
+
     def __len__(self) -> int: ...
 
     def __getitems__(self, numbers: Sequence[int]) -> Example: ...
@@ -30,6 +35,8 @@ class Rows(Protocol):
 
 class CausalRows:
     """Sequences as they are; the labels are the sequences, the shift is the loss's business."""
+
+    lengths = None
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -43,6 +50,8 @@ class CausalRows:
 
 class MaskedRows:
     """Sequences with some tokens hidden, other ones in each epoch."""
+
+    lengths = None
 
     def __init__(self, shard: Shard, masking: "Masking", seed: int) -> None:
         self.shard, self.masking, self.seed = shard, masking, seed
@@ -65,6 +74,8 @@ class SpanRows:
         seed: of what is drawn.
         redraw: other spans in each epoch; else a sequence is one example for good.
     """
+
+    lengths = None
 
     def __init__(
         self, shard: Shard, corruption: Corruption, seed: int, *, redraw: bool = False
@@ -97,6 +108,8 @@ class SpanRows:
 class ExampleRows:
     """Examples that lie in memory, each a mapping of tensors of equal shapes."""
 
+    lengths = None
+
     def __init__(self, examples: list[Example]) -> None:
         self.examples = examples
 
@@ -114,10 +127,14 @@ class PaddedRows:
     Args:
         examples: tensors of one axis, by the names of a model's arguments.
         padding: what fills up each of them.
+        by: the argument by whose length batches are put together; None: as they come.
     """
 
-    def __init__(self, examples: Sequence[Example], padding: Mapping[str, int]) -> None:
+    def __init__(
+        self, examples: Sequence[Example], padding: Mapping[str, int], *, by: str | None = None
+    ) -> None:
         self.examples, self.padding = examples, padding
+        self.lengths = None if by is None else [len(one[by]) for one in examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -179,11 +196,18 @@ class Masking:
         return example if mask is None else {**example, "attention_mask": mask.long()}
 
 
+POOL = 64
+"""Batches whose examples are sorted by their lengths together."""
+
+
 class Order(Sampler[list[int]]):
     """The micro-batches of a run, one process's part of them.
 
     The examples of every epoch, each epoch in an order of its own, stand in one endless row; step s
     takes the next `batch_size` of them, whatever the number of micro-batches and processes.
+
+    With lengths, every 64 batches of that row are put together anew, of examples about equally
+    long, and come in an order of their own: less padding, the same examples.
     """
 
     def __init__(
@@ -196,8 +220,10 @@ class Order(Sampler[list[int]]):
         seed: int,
         rank: int = 0,
         num_processes: int = 1,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.num_examples, self.steps, self.seed = num_examples, steps, seed
+        self.lengths = None if lengths is None else np.asarray(lengths)
         self.batch_size, self.parts = batch_size, parts
         self.rank, self.num_processes = rank, num_processes
 
@@ -205,13 +231,24 @@ class Order(Sampler[list[int]]):
         return self.steps * self.parts
 
     def __iter__(self) -> Iterator[list[int]]:
-        row = self._row()
+        row = self._row() if self.lengths is None else self._by_length(self.lengths)
         size = self.batch_size // (self.parts * self.num_processes)
         for _ in range(self.steps):
             step = list(islice(row, self.batch_size))
             for part in range(self.parts):
                 at = (part * self.num_processes + self.rank) * size
                 yield step[at : at + size]
+
+    def _by_length(self, lengths: NDArray[np.int64]) -> Iterator[int]:
+        """The row, batches of about equal lengths in it; ties keep the order of the row."""
+        row, number = self._row(), 0
+        while True:
+            pool = np.array(list(islice(row, POOL * self.batch_size)))
+            pool = pool[np.argsort(lengths[pool % self.num_examples], kind="stable")]
+            batches = pool.reshape(POOL, self.batch_size)
+            order = np.random.default_rng((self.seed, number, 1)).permutation(POOL)
+            yield from batches[order].flatten().tolist()
+            number += 1
 
     def _row(self) -> Iterator[int]:
         epoch = 0

@@ -97,6 +97,7 @@ class TaskSettings(Settings):
     limit: PositiveInt | None = None  # training examples, drawn by `seed`; None: all
     max_input: Annotated[int, Field(ge=16)] | None = None  # tokens; None: the task's own
     max_target: Annotated[int, Field(ge=2)] | None = None
+    group_by_length: bool = True  # batches of examples about equally long: less padding
     balanced: bool = False  # repeat the examples of rare answers until all are as frequent
     held_out: PositiveInt = 256  # examples whose loss is measured on the way, never reported ones
     seed: Annotated[int, Field(ge=0)] = 0  # which examples are drawn, whatever the run's seed

@@ -90,6 +90,7 @@ class RunTrainer(Trainer):
             seed=self.recipe.seed,
             rank=reduce.rank(),
             num_processes=reduce.num_processes(),
+            lengths=self.rows.lengths,
         )
         rows: Any = self.rows  # torch asks `__getitems__` for whole batches where there is one
         return DataLoader(rows, batch_sampler=order, collate_fn=_as_it_is)

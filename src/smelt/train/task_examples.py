@@ -67,7 +67,11 @@ def task_data(
     )
     padding = _padding(model)
     examples = [as_example(one, model) for one in encoded]
-    rows = PaddedRows(_balanced(examples, encoded) if task.balanced else examples, padding)
+    rows = PaddedRows(
+        _balanced(examples, encoded) if task.balanced else examples,
+        padding,
+        by="input_ids" if task.group_by_length else None,
+    )
     counts = torch.bincount(
         torch.cat([one["labels"] for one in examples]), minlength=model.config.vocab_size
     )

@@ -19,7 +19,7 @@ class NumberedRows:
     """A training set whose batches say which examples they hold."""
 
     def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+        self.rows, self.lengths = rows, rows.lengths
 
     def __len__(self) -> int:
         return len(self.rows)
