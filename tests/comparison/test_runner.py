@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from smelt.comparison.markdown import report
 from smelt.comparison.runner import run_comparison
 from smelt.comparison.schedule import Progress
 from smelt.comparison.tables import results
@@ -143,3 +144,22 @@ def test_a_comparison_of_which_all_is_recorded_makes_no_weights(make, worker, tm
     there = make(output=str(tmp_path / "there"))
     before = len(worker())
     assert run_comparison(there, records=records).done == [] and len(worker()) == before
+
+
+def test_a_full_model_that_has_not_learnt_its_task_is_said_to_be_none(make, worker):
+    study = make()
+    run_comparison(study, only="main")
+    assert worker()
+    table = results(study, "main")["tables"][0]
+    assert table["gate"]["rule"] == "majority of training" and not table["gate"]["is_passed"]
+    assert "**full stands +0 standard errors from" in report(results(study, "main"))
+
+
+def test_three_standard_errors_above_what_needs_no_model_are_enough(make, worker):
+    worker(hits={"full": 3})  # 0.8 ± 0.1, and the majority is 0.5
+    study = make()
+    run_comparison(study, only="main")
+    gate = results(study, "main")["tables"][0]["gate"]
+    assert gate["standard_errors"] == pytest.approx(3) and gate["is_passed"]
+    said = report(results(study, "main"))
+    assert "\nfull stands +3 standard errors from the best rule without a model" in said

@@ -38,8 +38,28 @@ def _table(table: Mapping[str, Any]) -> str:
     lines = [f"### {table['part']}: {table['ground']}", "", f"{table['items']}."]
     if levels:
         lines.append(f"Without a model: {levels}.")
-    lines += [_groups(table), "", markdown([_row(row, table["focus"]) for row in table["rows"]])]
+    lines += [
+        *_gate(table),
+        _groups(table),
+        "",
+        markdown([_row(row, table["focus"]) for row in table["rows"]]),
+    ]
     return "\n".join(lines)
+
+
+def _gate(table: Mapping[str, Any]) -> list[str]:
+    """Whether the full model has learnt what its compressed relatives are to keep."""
+    gate = table["gate"]
+    if gate is None:
+        return []
+    above = _signed(round(gate["standard_errors"], 1)).rstrip("0").rstrip(".")
+    said = (
+        f"full stands {above} standard errors from the best rule without a model "
+        f"({gate['metric']}: {gate['rule']}, {_fixed(gate['level'])})."
+    )
+    if gate["is_passed"]:
+        return [said]
+    return [f"**{said} It has not learnt this: the rows say little.**"]
 
 
 def _groups(table: Mapping[str, Any]) -> str:

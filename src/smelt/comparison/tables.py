@@ -21,6 +21,9 @@ COSTS = (
     "flops_per_token",
 )
 
+LEAST_ERRORS = 3
+"""Standard errors by which a full model should stand above what needs no model."""
+
 
 def results(study: ComparisonRecipe, only: str | None = None) -> dict[str, Any]:
     """All that can be said of the cells that are done; written to OUTPUT/tables.json too.
@@ -68,9 +71,33 @@ def _table(
         "items": one["items"],
         "sha256": one["sha256"],
         "without_a_model": {m: v["without_a_model"] for m, v in one["metrics"].items()},
+        "gate": _gate(rows[0]),
         "groups": states,
         "other_groups": _other_groups(part, states),
         "rows": [_row(progress, row, rows, beside, timed) for row in rows],
+    }
+
+
+def _gate(full: Row) -> dict[str, Any] | None:
+    """How far the full model stands above the best rule without a model, by its first metric.
+
+    In standard errors over items (of the mean over seeds; all seeds answer the same items). None:
+    no full model, or no rule, or no standard error.
+    """
+    if full.variant != FULL:
+        return None
+    metric, one = next(iter(full.found[min(full.found)]["metrics"].items()))
+    rules, error = one["without_a_model"], one["standard_error"]
+    if not rules or not error:
+        return None
+    rule = max(rules, key=lambda name: float(rules[name]))
+    mean = summary(list(full.metric(metric).values())).mean
+    return {
+        "metric": metric,
+        "rule": rule,
+        "level": rules[rule],
+        "standard_errors": (mean - rules[rule]) / error,
+        "is_passed": mean - rules[rule] >= LEAST_ERRORS * error,
     }
 
 
