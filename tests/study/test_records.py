@@ -108,3 +108,18 @@ def test_tables_are_shown_from_records_alone(make, worker, tmp_path):
     said = smelt("study", tmp_path / "study.yaml", "--table", "--records", path).out
     assert "core/samoe" in said and "Unfinished" not in said
     assert not list(Path(there.output).rglob("*.safetensors"))
+
+
+def test_from_python_a_study_is_one_call(values, worker, tmp_path):
+    import yaml
+
+    from smelt import api
+
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    found = api.study(path, ["parts.core.seeds=[0]"], only="core", records=tmp_path / "r.jsonl")
+    assert [row["row"] for row in found["rows"]] == ["core/ar-moe", "core/samoe"]
+    assert found["failed"] == {} and found["unfinished"] == {} and len(worker()) == 6 + 2
+    worker(fail=["samoe/seed-1"])
+    found = api.study(path, only="core")
+    assert found["failed"] == {"core/samoe/seed-1 (train)": "as it was told"}

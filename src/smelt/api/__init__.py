@@ -16,7 +16,7 @@ from smelt.api.compressing import (
     plan,
 )
 from smelt.api.measuring import analyse, evaluate
-from smelt.api.training import export, heal, train
+from smelt.api.training import export, heal, study, train
 
 __all__ = [
     "analyse",
@@ -32,5 +32,6 @@ __all__ = [
     "load_stats",
     "open_checkpoint",
     "plan",
+    "study",
     "train",
 ]

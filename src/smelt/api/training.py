@@ -1,11 +1,11 @@
-"""Train a model, heal a compressed one, freeze a SaMoE model into an ordinary checkpoint."""
+"""Train a model, or many; heal a compressed one; freeze a SaMoE model into a stock checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smelt.compress.pipeline import Stages, silent
-from smelt.recipe import check_recipe, load_recipe
+from smelt.recipe import check_recipe, find_recipe, load_recipe, read_values
 
 if TYPE_CHECKING:
     from smelt.samoe.convert import Exported
@@ -15,13 +15,55 @@ def train(recipe: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train the model of a recipe file; what it reached (docs/samoe.md).
 
     Args:
-        recipe: a YAML file, such as recipes/train/samoe-tiny.yaml.
+        recipe: a YAML file, or the name of a recipe that comes along, such as samoe-tiny.
         overrides: `name=value` or `group.name=value`, as of `--set`.
     """
     from smelt.train.settings import TrainRecipe
     from smelt.train.trainer import train as run
 
-    return run(load_recipe(recipe, TrainRecipe, overrides))
+    return run(load_recipe(find_recipe(recipe, "train"), TrainRecipe, overrides))
+
+
+def study(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    only: str | None = None,
+    jobs: int = 2,
+    threads: int = 1,
+    records: str | Path | None = None,
+) -> dict[str, Any]:
+    """Run what is not done of a study (docs/study.md, docs/comparison.md); its tables.
+
+    Args:
+        recipe: a YAML file, or the name of a recipe that comes along: samoe, mc-smoe, tiny.
+        overrides: `name=value` or `group.name=value`, as of `--set`.
+        only: a part.
+        jobs: processes at a time.
+        threads: of each process.
+        records: a file of the figures of finished runs, read before and added to.
+
+    Returns:
+        `tables.json` of the study, and `failed`: runs that did not succeed, and why.
+    """
+    from smelt.comparison.runner import run_comparison
+    from smelt.comparison.settings import ComparisonRecipe
+    from smelt.comparison.tables import results as compared
+    from smelt.study.records import Records
+    from smelt.study.runner import run_study
+    from smelt.study.settings import StudyRecipe
+    from smelt.study.tables import results
+
+    path = find_recipe(recipe, "study")
+    kept = None if records is None else Records(Path(records))
+    how: dict[str, Any] = {"only": only, "jobs": jobs, "threads": threads, "records": kept}
+    if "kind" in read_values(path, StudyRecipe):
+        comparison = load_recipe(path, ComparisonRecipe, overrides)
+        ran = run_comparison(comparison, **how)
+        return {**compared(comparison, only), "failed": ran.failed}
+    training = load_recipe(path, StudyRecipe, overrides)
+    ran = run_study(training, **how)
+    return {**results(training, only), "failed": ran.failed}
 
 
 def heal(
