@@ -26,6 +26,7 @@ rules = json.loads((home / "rules.json").read_text())
 if name in rules.get("fail", []):
     sys.exit("smelt: error: as it was told")
 made = {"is_done": True, "seconds": {}, "settings": json.loads(rules["settings"].get(name, "{}"))}
+made["full"] = rules.get("full", "a")
 if top["kind"] == "trial":
     made["loss"] = rules["loss"][name.split("/")[-1]]
 else:

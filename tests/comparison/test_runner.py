@@ -138,6 +138,17 @@ def test_a_comparison_goes_on_elsewhere_from_its_records(make, worker, tmp_path)
     assert results(there) == results(whole)
 
 
+def test_what_was_made_from_another_full_model_is_made_again(make, worker, tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    run_comparison(make(), only="main", jobs=1, records=records)
+    worker(full="b")  # another start, or a machine that rounds otherwise
+    there = make(output=str(tmp_path / "there"))
+    ran = run_comparison(there, jobs=1, records=records)
+    # seed 1, of which all is recorded, stays as it is
+    assert ran.done == ["sst2/seed-0/full", *FIRST, "sst2/seed-0/other", "sst2/seed-0/unhealed"]
+    assert run_comparison(there, jobs=1, records=records).done == []
+
+
 def test_a_comparison_of_which_all_is_recorded_makes_no_weights(make, worker, tmp_path):
     records = Records(tmp_path / "records.jsonl")
     run_comparison(make(), jobs=1, records=records)

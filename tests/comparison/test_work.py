@@ -142,6 +142,12 @@ def test_the_excluded_layer_stays_whole(study):
     assert list(config["factored_experts"]) == ["decoder.block.1.layer.2.mlp.experts"]
 
 
+def test_every_result_names_the_full_model_it_is_of(study):
+    folder = Works(study, Progress(study).store).folder(Cell("mrpc", 0, FULL))
+    own = Checkpoint.open(folder).fingerprint
+    assert {result(study, name)["full"] for name in ("full", "m-smoe", "twice", "average")} == {own}
+
+
 def test_values_by_item_average_to_every_metric(study):
     works = Works(study, Progress(study).store)
     for name in (FULL, "m-smoe"):

@@ -14,7 +14,18 @@ from smelt.study.store import flat, read
 WORK = (sys.executable, "-m", "smelt.comparison.work")
 """The command of a job; the name of its file follows."""
 
-FREE = ("output", "start", "source", "student", "teacher", "model", "result", "stats", "folder")
+FREE = (
+    "output",
+    "start",
+    "full",
+    "source",
+    "student",
+    "teacher",
+    "model",
+    "result",
+    "stats",
+    "folder",
+)
 """Last words of settings that may be others when a comparison goes on: where things lie."""
 ALSO_FREE = {
     "compress.workers",
@@ -67,6 +78,9 @@ def run_comparison(
         return [*WORK, str(path)]
 
     def settle(job: Job) -> None:
+        if job.work.kind == "full":
+            for name in progress.made_of_another(job.id):
+                forget(progress.store, name)
         progress.tidy()
         if records is not None and job.id != START:
             records.keep(progress.store, job.id)
@@ -84,7 +98,11 @@ def run_comparison(
 
 
 def restore(progress: Progress, records: Records) -> None:
-    """Lay out records; a model that others are still to be made from is left to be made again."""
+    """Lay out records; a model that others are still to be made from is left to be made again.
+
+    If it then turns out to be another one (of another start, or on a machine that rounds
+    otherwise), what was made from the recorded one is made again too.
+    """
     restored = set(records.restore(progress.store))
     while True:  # what is forgotten may have been made from another one
         lacking = [

@@ -61,6 +61,15 @@ class Progress:
         found = read(self.works.result(cell.id))
         return found if found and found.get("is_done") else None
 
+    def made_of_another(self, full: str) -> list[str]:
+        """Variants of a finished full model's ground and seed that were made from another one."""
+        mine = (read(self.works.result(full)) or {}).get("full")
+        own = [cell.id for cell in self.every if cell.full.id == full and cell.id != full]
+        found = {name: (read(self.works.result(name)) or {}).get("full") for name in own}
+        return [
+            name for name, other in found.items() if None not in (mine, other) and mine != other
+        ]
+
     def values(self, cell: Cell) -> dict[str, dict[str, float]]:
         """By metric, the value of every unit of a finished cell."""
         found = read(outcomes_file(self.works.result(cell.id))) or {}

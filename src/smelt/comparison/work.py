@@ -44,12 +44,20 @@ def do(work: Work) -> None:
         _try(work, found, clock)
     else:
         _make(work, clock)
+        found["full"] = _fingerprint(work)
         if "metrics" not in found:
             _measured(work, found, clock)
             write(result, found)
     if work.calibration is not None:
         clock("statistics", lambda: _statistics(work))
     write(result, found | {"is_done": True, "settings": _settings(work)})
+
+
+def _fingerprint(work: Work) -> str:
+    """That of the full model: itself, or the one a variant is made from."""
+    from smelt.checkpoint.source import Checkpoint
+
+    return Checkpoint.open(work.model if work.kind == "full" else work.full).fingerprint
 
 
 class _Clock:

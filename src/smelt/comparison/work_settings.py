@@ -34,6 +34,7 @@ class Work(Settings):
     kind: Kind
     result: str  # JSON
     model: str  # the folder that is measured
+    full: str = ""  # the folder of the full model, of a variant or trial
     source: str = ""  # the folder it is made from, whose weights have to be there
     train: TrainRecipe | None = None
     calibration: CalibrationRecipe | None = None  # of the full model

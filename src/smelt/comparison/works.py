@@ -172,6 +172,7 @@ class Works:
             kind="variant",
             result=str(self.result(name or cell.id)),
             model=str(folder),
+            full=full,
             source=source,
             stats=self.stats(cell),
             compress=compress,
