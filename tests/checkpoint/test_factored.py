@@ -124,13 +124,9 @@ def test_the_factored_form_is_the_dense_reconstruction(both):
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("many_rows", [1, 10_000])  # products of columns, and of rows
 @pytest.mark.parametrize("num_tokens", [0, 1, 11, 400])
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_the_forward_is_the_layer_token_by_token(
-    both, num_tokens, with_gradients, many_rows, monkeypatch
-):
-    monkeypatch.setattr("smelt.checkpoint.factored_forward._MANY_ROWS", many_rows)
+def test_the_forward_is_the_layer_token_by_token(both, num_tokens, with_gradients, monkeypatch):
     monkeypatch.setattr("smelt.checkpoint.factored_forward._FEW_ROWS", 100)
     monkeypatch.setattr("smelt.checkpoint.factored_forward._TOKENS_AT_ONCE", 16)
     module = next(iter(experts_of(load(both[0])).values())).double()

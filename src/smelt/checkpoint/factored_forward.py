@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 
 _TOKENS_AT_ONCE = 256  # of one expert, without gradients: its hidden units stay in the cache
-_MANY_ROWS = 16  # of one expert, without gradients: its products are of columns
 _FEW_ROWS = 1024  # of all experts: gathered and added at once, which takes fewer operations
 
 
@@ -169,11 +168,6 @@ def _places(experts: nn.Module, m: str) -> tuple[list[int], Sequence[Tensor]]:
 
 
 def _expert(module: Any, x: Tensor, own: _Own) -> Tensor:
-    if len(x) >= _MANY_ROWS and not torch.is_grad_enabled() and _is_elementwise(module, own):
-        inputs = x.T
-        parts = {m: _product_of_columns(inputs, *own[m]) for m in own if m != "down"}
-        y = _product_of_columns(_activated(module, parts), *own["down"])
-        return _finished(module, y.T)
     hidden = _activated(module, {m: _product(x, *own[m]) for m in own if m != "down"})
     return _finished(module, _product(hidden, *own["down"]))
 
@@ -188,24 +182,6 @@ def _product(
     return y.index_add_(1, places, linear(x, rows)) if len(places) else y
 
 
-def _is_elementwise(module: Any, own: Mapping[str, Any]) -> bool:
-    """Whether the activation takes every hidden unit for itself, wherever it lies."""
-    return "gate" not in own or type(module)._apply_gate.__name__ == "_default_apply_gate"
-
-
-def _product_of_columns(
-    x: Tensor, u: Tensor, v: Tensor, rows: Tensor, places: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """The same of inputs [in, N]: what the kept rows add goes to whole rows of the result."""
-    x = x.to(v.dtype)
-    y = u @ (v @ x)
-    if bias is not None:
-        y += bias[:, None]
-    if places is None:
-        return y.add_(rows @ x)
-    return y.index_add_(0, places, rows @ x) if len(places) else y
-
-
 def _activated(module: Any, parts: Mapping[str, Tensor]) -> Tensor:
     """Hidden units by the family's own activation."""
     own: Any = module
@@ -213,7 +189,7 @@ def _activated(module: Any, parts: Mapping[str, Tensor]) -> Tensor:
         return own.dropout(own.act(parts["up"]))
     if "gate" not in parts:
         return module.act_fn(parts["up"])
-    if _is_elementwise(own, parts):  # transformers' own gate: needs no joining
+    if type(own)._apply_gate.__name__ == "_default_apply_gate":  # transformers': needs no joining
         return own.act_fn(parts["gate"]) * parts["up"]
     both = [parts["gate"], parts["up"]]
     joined = torch.cat(both, -1) if module.is_concatenated else torch.stack(both, -1).flatten(-2)
