@@ -37,20 +37,11 @@ class Records:
 
     def keep(self, store: Store, name: str) -> None:
         """Add the figures of a run that has just finished, or what was timed of the study."""
-        texts = {
-            key: path.read_text(encoding="utf-8")
-            for key, path in _places(store, name).items()
-            if path.is_file()
+        files = {
+            key: _content(key, path) for key, path in _places(store, name).items() if path.is_file()
         }
-        line = {
-            "name": name,
-            "day": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-            "machine": _processor(),
-            "files": {
-                key: json.loads(text) if key.endswith("json") else text
-                for key, text in texts.items()
-            },
-        }
+        day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+        line = {"name": name, "day": day, "machine": _processor(), "files": files}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open("at") as file:
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
@@ -111,6 +102,15 @@ def _places(store: Store, name: str) -> dict[str, Path]:
         return {"json": store.folder / name}
     inside = {key: store.run(name) / key for key in INSIDE}
     return {kind: store.beside(name, kind) for kind in KINDS} | inside
+
+
+def _content(key: str, path: Path) -> Any:
+    """A file as a record holds it: of outcomes the values by unit, which tables need."""
+    text = path.read_text(encoding="utf-8")
+    if not key.endswith("json"):
+        return text
+    value = json.loads(text)
+    return {"values": value["values"]} if key == "outcomes.json" else value
 
 
 def _processor() -> str:
