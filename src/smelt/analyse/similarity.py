@@ -47,7 +47,8 @@ class LinearCKA:
         S = len(centred) // D
         square = centred.view(S, D, S, D).square().sum((1, 3))  # ‖XᵀY‖²_F
         own = square.diagonal().sqrt()
-        return square / own[:, None] / own[None, :]
+        found = square / torch.outer(own, own)
+        return (found + found.T) / 2  # products need not be symmetric to the last bit
 
 
 class OutputCosine:
