@@ -1,5 +1,6 @@
 """Laws of the processor's arithmetic during training."""
 
+import pytest
 import torch
 
 from smelt.checkpoint.device import denormals_as_zero
@@ -12,7 +13,7 @@ def test_denormal_numbers_are_zero_inside_and_numbers_again_outside():
         return float((small * 1e-10)[0])  # 1e-40: less than the least normal number
 
     if not torch.set_flush_denormal(False):
-        return  # a processor that cannot
+        pytest.skip("this processor cannot")
     assert product() > 0
     with denormals_as_zero():
         assert product() == 0

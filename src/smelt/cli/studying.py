@@ -67,6 +67,7 @@ def study(
     from smelt.study.store import Store
 
     recipe = find_recipe(recipe, "study")
+    kept = None if records is None else Records(records)
     if "kind" in read_values(recipe, StudyRecipe):
         from smelt.cli.comparing import compare
         from smelt.comparison.settings import ComparisonRecipe
@@ -82,13 +83,12 @@ def study(
             table=table,
             latency=latency,
             dry_run=dry_run,
-            records=None if records is None else Records(records),
+            records=kept,
         )
         return
     if latency:
         raise RecipeError("--latency is of comparisons; a study of training has --decode.")
     read = load_recipe(recipe, StudyRecipe, settings or ())
-    kept = None if records is None else Records(records)
     if kept is not None and (dry_run or table):
         restore(read, Store(read.output), kept)
     if dry_run:
