@@ -90,6 +90,12 @@ def test_what_is_no_record_is_named_with_its_line(make, worker, tmp_path):
         records.restore(Store(tmp_path / "elsewhere"))
 
 
+def test_a_folder_is_refused_before_anything_runs(make, worker, tmp_path):
+    with pytest.raises(RecipeError, match="is a folder"):
+        run_study(make(), records=Records(tmp_path))
+    assert worker() == []
+
+
 def test_a_cut_packed_file_is_named(tmp_path):
     path = tmp_path / "records.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"name": "a", "files": {}}\n')[:-9])

@@ -50,8 +50,12 @@ class Records:
         """Lay out the records of runs of which the store has nothing; their names.
 
         Raises:
-            RecipeError: a line that is no record.
+            RecipeError: a line that is no record, a folder in the place of the file.
         """
+        if self.path.is_dir():
+            raise RecipeError(
+                f"{self.path}: is a folder. Name a file for the records, such as a.jsonl."
+            )
         if not self.path.is_file():
             return []
         latest = {line["name"]: line["files"] for line in self._lines()}
