@@ -90,10 +90,17 @@ def test_what_is_no_record_is_named_with_its_line(make, worker, tmp_path):
         records.restore(Store(tmp_path / "elsewhere"))
 
 
-def test_a_folder_is_refused_before_anything_runs(make, worker, tmp_path):
-    with pytest.raises(RecipeError, match="is a folder"):
-        run_study(make(), records=Records(tmp_path))
+@pytest.mark.parametrize("where", ["", "file/records.jsonl", "file/more/records.jsonl"])
+def test_what_cannot_be_written_is_refused_before_anything_runs(make, worker, tmp_path, where):
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match="no records can be written there"):
+        run_study(make(), records=Records(tmp_path / where))
     assert worker() == []
+
+
+def test_a_folder_holds_no_records(tmp_path):
+    with pytest.raises(RecipeError, match="is a folder"):
+        Records(tmp_path).restore(Store(tmp_path / "elsewhere"))
 
 
 def test_a_cut_packed_file_is_named(tmp_path):

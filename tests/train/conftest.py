@@ -5,11 +5,26 @@ import warnings
 
 import pytest
 
+from benchmarks import write_tasks
 from healing_material import settings_of
 from smelt.recipe import check_recipe
 from smelt.train.trainer import TrainRecipe, train
 
 WORDS = "one two three four five six seven eight nine ten".split()
+SWITCH = {
+    "model_type": "switch_transformers",
+    "d_model": 32,
+    "d_kv": 16,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 2,
+    "num_experts": 4,
+    "num_sparse_encoder_layers": 1,
+    "num_sparse_decoder_layers": 1,
+    "dropout_rate": 0.0,
+    "router_jitter_noise": 0.0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +118,34 @@ def values(folder, tmp_path):
         return {**settings_of(folder, form, family), "output": str(tmp_path / "out"), **changes}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Files of small benchmarks, as SMELT_DATA names them."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"), train=120)
+
+
+@pytest.fixture(scope="session")
+def started(text, tmp_path_factory):
+    """A Switch model trained for a moment."""
+    out = tmp_path_factory.mktemp("started") / "switch"
+    recipe = {
+        "model": SWITCH,
+        "tokenizer": {"vocab_size": 400, "sentinels": 8},
+        "text": {
+            "train": [str(text / "train.txt")],
+            "held_out": [str(text / "held_out.txt")],
+            "tokens": 2000,
+            "held_out_tokens": 200,
+            "sequence_length": 32,
+            "cache": str(tmp_path_factory.mktemp("cache")),
+        },
+        "output": str(out),
+        "steps": 2,
+        "batch_size": 4,
+        "warmup_steps": 1,
+        "dtype": "float32",
+    }
+    train(check_recipe(recipe, TrainRecipe))
+    return out

@@ -66,6 +66,7 @@ def run_comparison(
 
     def begin() -> None:
         if records is not None:
+            records.check_writable()
             restore(progress, records)
         check_settings(progress)
         dump_recipe(study, progress.store.folder / "comparison.yaml")

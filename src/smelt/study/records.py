@@ -7,6 +7,7 @@ that is not made from its weights.
 import datetime
 import gzip
 import json
+import os
 import platform
 import shutil
 import zlib
@@ -34,6 +35,24 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def check_writable(self) -> None:
+        """Before anything runs: a run whose figures cannot be kept would be lost with its machine.
+
+        Raises:
+            RecipeError: a file that cannot be written, or made where it is to be.
+        """
+        place = self.path.absolute()
+        if not place.exists():
+            place = next(one for one in place.parents if one.exists())
+            is_fine = place.is_dir()
+        else:
+            is_fine = place.is_file()
+        if not (is_fine and os.access(place, os.W_OK)):
+            raise RecipeError(
+                f"{self.path}: no records can be written there ({place}). Name a file that can be "
+                "written, such as a.jsonl."
+            )
 
     def keep(self, store: Store, name: str) -> None:
         """Add the figures of a run that has just finished, or what was timed of the study."""

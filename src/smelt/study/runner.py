@@ -89,6 +89,7 @@ def run_study(
 
     def begin() -> None:
         if records is not None:
+            records.check_writable()
             restore(study, store, records)
         check_settings(study, store)
         dump_recipe(study, store.folder / "study.yaml")

@@ -65,28 +65,19 @@ def task_data(
     held_out = encoder.encode(
         read_items(task.name, "choose", limit=task.held_out).items, for_training=False
     )
-    padding = _padding(model)
     examples = [as_example(one, model) for one in encoded]
     rows = PaddedRows(
         _balanced(examples, encoded) if task.balanced else examples,
-        padding,
+        _padding(model),
         by="input_ids" if task.group_by_length else None,
     )
     counts = torch.bincount(
         torch.cat([one["labels"] for one in examples]), minlength=model.config.vocab_size
     )
-    blocks = _blocks(held_out, padding["input_ids"])
-    whole = PaddedRows([as_example(one, model) for one in held_out], padding)
-    together = whole.__getitems__(range(len(whole)))  # all as long as the longest
-    name = str(chosen)
     return TrainingSet(
         rows,
         counts,
-        [
-            HeldOut(
-                name, [{n: v[i] for n, v in together.items()} for i in range(len(whole))], blocks
-            )
-        ],
+        [_held_out(str(chosen), held_out, model)],
         _sha256(encoded),
         sum(len(one.input_ids) + len(one.target_ids) for one in encoded),
         {
@@ -98,6 +89,15 @@ def task_data(
             "share_of_targets_cut": _share([one.is_target_cut for one in encoded]),
         },
     )
+
+
+def _held_out(name: str, encoded: Sequence[Encoded], model: PreTrainedModel) -> HeldOut:
+    """Examples as they are measured: all as long as the longest."""
+    padding = _padding(model)
+    whole = PaddedRows([as_example(one, model) for one in encoded], padding)
+    together = whole.__getitems__(range(len(whole)))
+    examples = [{n: v[i] for n, v in together.items()} for i in range(len(whole))]
+    return HeldOut(name, examples, _blocks(encoded, padding["input_ids"]))
 
 
 def as_example(encoded: Encoded, model: PreTrainedModel) -> Example:
