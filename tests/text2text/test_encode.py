@@ -1,7 +1,9 @@
 """Items as tokens: what is read and answered, what is cut, and that no answer is looked at."""
 
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from smelt.errors import RecipeError
@@ -79,30 +81,46 @@ def test_half_of_the_length_is_left_to_the_context(tokenizer):
     assert 25 < len(found.input_ids) - at < 35
 
 
-def test_for_training_the_answer_stays_wherever_it_is(encoder):
+def test_the_part_nearest_the_question_stays_wherever_it_is(encoder):
+    """Of a context that is too long, whether it is trained on or not."""
     for at in range(0, 40, 3):
         words = ["Rain fell."] * 40
         words[at] = "The house is red."
         context = " ".join(words)
         item = replace(ITEM, context=context, answer_at=context.index("house"))
-        found = one(encoder, item, for_training=True)
-        assert "The house" in text(encoder, found) or at == 0 or " house" in text(encoder, found)
-        assert found.is_cut
-        assert len(found.input_ids) == 64  # the length is used
+        for for_training in (True, False):
+            found = one(encoder, item, for_training=for_training)
+            assert "house is red" in text(encoder, found)
+            assert found.is_cut
+            assert len(found.input_ids) == 64  # the length is used
 
 
-def test_for_reporting_the_beginning_stays_whatever_the_answer_is(encoder):
-    """Nothing of the answer is looked at."""
+def test_for_training_the_answer_stays_far_from_the_question(encoder):
+    for at in range(0, 40, 3):
+        words = ["The house is red."] + ["Rain fell."] * 40
+        words[at + 1] = "Snow it was."
+        context = " ".join(words)
+        item = replace(ITEM, target="Snow", context=context, answer_at=context.index("Snow"))
+        assert "Snow" in text(encoder, one(encoder, item, for_training=True))
+    assert "house is red" in text(encoder, one(encoder, item))
+
+
+def test_where_nothing_of_the_question_is_said_the_middle_stays(encoder):
+    context = " ".join(map(str, range(100, 200)))
+    found = one(encoder, replace(ITEM, context=context, answer_at=None))
+    kept = re.findall(r"1\d\d", text(encoder, found).partition("context:")[2])
+    assert np.mean([int(number) for number in kept]) == pytest.approx(149.5, abs=2)
+
+
+def test_for_reporting_nothing_of_the_answer_is_looked_at(encoder):
     found = one(encoder, ITEM)
-    assert "house" not in text(encoder, found)
     for other in (None, 3, 200):
         changed = replace(ITEM, answer_at=other, target="Rain", references=("Rain",))
         assert one(encoder, changed).input_ids == found.input_ids
 
 
-def test_an_answer_that_is_in_the_beginning_moves_no_window(encoder):
-    item = replace(ITEM, context="The house is red. " + "Rain fell. " * 30, answer_at=4)
-    assert one(encoder, item, for_training=True).input_ids == one(encoder, item).input_ids
+def test_an_answer_that_is_near_the_question_moves_no_window(encoder):
+    assert one(encoder, ITEM, for_training=True).input_ids == one(encoder, ITEM).input_ids
 
 
 def test_choices_are_tokens_of_targets(encoder):

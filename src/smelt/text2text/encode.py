@@ -1,5 +1,8 @@
 """Items as tokens: what is read, what is answered, and what had to be cut."""
 
+import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from smelt.errors import RecipeError
 from smelt.text.spans import sentinels
 from smelt.text2text.items import Item
+from smelt.text2text.words import content_words
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Encoder:
     tokenizer without such tokens does without.
 
     What does not fit is cut: the question's end, so that half of the length is left to the context;
-    then the context. For training, the part of the context that holds the answer stays (around its
-    middle, as far as there is text); otherwise the beginning stays, whatever the answer is.
+    then the context, of which the part nearest the question stays: the one with the most of its
+    words. For training, it is the nearest of the parts that hold the answer; otherwise the answer
+    is not looked at.
 
     Args:
         tokenizer: a fast one, with an end-of-sequence token.
@@ -66,8 +71,8 @@ class Encoder:
             kept = question[:most]
             left = room - len(kept) - len(before)
             begin = 0
-            if for_training and item.answer_at is not None and len(context) > left > 0:
-                begin = _window(ends, item.answer_at, item.answer_at + len(item.target), left)
+            if len(context) > left > 0:
+                begin = _window(item, ends, left, with_answer=for_training)
             part = context[begin : begin + max(left, 0)]
             answer = [*self.mark, *target]
             found.append(
@@ -119,10 +124,50 @@ class Encoder:
         }
 
 
-def _window(ends: Sequence[int], answer_begin: int, answer_end: int, size: int) -> int:
-    """Where a window of `size` tokens begins: at 0 if the answer is there, else with it in mid."""
-    first = next(i for i, end in enumerate(ends) if end > answer_begin)
-    last = next((i for i, end in enumerate(ends) if end >= answer_end), len(ends) - 1)
-    if last < size:
-        return 0
-    return max(0, min((first + last) // 2 - size // 2, len(ends) - size, first))
+def _window(item: Item, ends: Sequence[int], size: int, *, with_answer: bool) -> int:
+    """Where the part of the context begins that stays: `size` of its tokens.
+
+    Args:
+        item: its question and its context.
+        ends: where in the context each token ends.
+        size: tokens, fewer than there are.
+        with_answer: whether the part must hold the answer, as far as it can.
+    """
+    places = range(len(ends) - size + 1)
+    shared = _shared_words(item, ends, size)
+    nearest = _middle_of_best(shared, places)
+    if not with_answer or item.answer_at is None:
+        return nearest
+    first = bisect_left(ends, item.answer_at + 1)
+    last = min(bisect_left(ends, item.answer_at + len(item.target)), len(ends) - 1)
+    holding = range(max(0, last - size + 1), min(first, places[-1]) + 1)
+    if not holding:  # a longer answer than there is room: its beginning
+        return min(first, places[-1])
+    return nearest if nearest in holding else _middle_of_best(shared, holding)
+
+
+def _shared_words(item: Item, ends: Sequence[int], size: int) -> list[int]:
+    """How many of the question's words each part of so many tokens holds, by where it begins."""
+    asked = content_words(item.question.removeprefix("question: "))
+    at: dict[int, list[str]] = {}  # by the token that ends the word
+    for match in re.finditer(r"\w+", item.context):
+        if (word := match.group().lower()) in asked:
+            at.setdefault(bisect_left(ends, match.end()), []).append(word)
+    held: Counter[str] = Counter()
+    found = []
+    for end in range(len(ends)):
+        held.update(at.get(end, ()))
+        if end >= size:
+            held.subtract(at.get(end - size, ()))
+        if end >= size - 1:
+            found.append(sum(number > 0 for number in held.values()))
+    return found
+
+
+def _middle_of_best(scores: Sequence[int], places: range) -> int:
+    """The place with the highest score; of equal neighbours, the one in their middle."""
+    best = max(places, key=scores.__getitem__)  # the first of equal ones
+    end = best
+    while end + 1 in places and scores[end + 1] == scores[best]:
+        end += 1
+    return (best + end) // 2
