@@ -45,6 +45,15 @@ def test_a_run_that_two_parts_ask_for_is_one_cell(make):
     assert names(study, "size")[0] == "core/samoe/seed-0"
 
 
+def test_rows_that_are_left_out_are_neither_run_nor_searched_for(make):
+    study = make(parts__size__without=["samoe/E8/L4"], parts__size__search="own")
+    left = [name for name in names(make(parts__size__search="own")) if "E8/L4" not in name]
+    assert names(study) == left
+    assert {one.key for one in searches(study, "size")} == {
+        f"size/samoe/{point}" for point in ("E4/L2", "E4/L4", "E8/L2")
+    }
+
+
 def test_the_same_run_at_another_rate_is_another_cell(make):
     assert "size/samoe/E4/L2/seed-0" in names(make(parts__size__search="base"))
 
@@ -101,6 +110,22 @@ def test_a_trial_differs_from_its_cells_in_rate_seed_length_and_what_it_is_judge
         ({"base__seed": 3}, "neither output nor seeds"),
         ({"reference": "nobody"}, "'nobody' is no variant"),
         ({"parts__size__beside": "core/{variant}/E9"}, "no row 'core/samoe/E9'"),
+        ({"parts__size__without": ["samoe/E9/L2"]}, "no row 'samoe/E9/L2'; the rows are samoe/E4"),
+        (
+            {"parts__size__without": [f"samoe/E{e}/L{n}" for e in (4, 8) for n in (2, 4)]},
+            "leaves no row",
+        ),
+        (
+            {"parts__size__without": ["samoe/E8/L4"]}
+            | {
+                "parts__last": {
+                    "variants": ["samoe"],
+                    "seeds": [0],
+                    "beside": "size/{variant}/E8/L4",
+                }
+            },
+            "no row 'size/samoe/E8/L4'",
+        ),
         ({"parts__size__axes__experts__E8": {"steps": "equal-flops:E9"}}, "the points are E4/L2"),
         ({"parts__core/x": {"variants": ["samoe"], "seeds": [0]}}, "core/x"),
     ],

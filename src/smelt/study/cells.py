@@ -80,21 +80,19 @@ def searches(study: StudyRecipe, name: str) -> list[Searched]:
         return []
     return [
         Searched(_join(name, variant, label), name, variant, _recipe(study, part, variant, point))
-        for label, point in part.points()
-        for variant in part.variants
+        for variant, label, point in part.rows()
     ]
 
 
 def _cells_of(study: StudyRecipe, name: str, part: Part) -> Iterator[Cell]:
     for seed in part.seeds:
-        for label, point in part.points():
-            for variant in part.variants:
-                recipe = _recipe(study, part, variant, point, seed=seed)
-                search = {OWN: _join(name, variant, label), BASE: None}.get(
-                    part.search, _join(part.search, variant)
-                )
-                where = _join(name, variant, label, f"seed-{seed}")
-                yield Cell(where, name, variant, label, seed, recipe, search)
+        for variant, label, point in part.rows():
+            recipe = _recipe(study, part, variant, point, seed=seed)
+            search = {OWN: _join(name, variant, label), BASE: None}.get(
+                part.search, _join(part.search, variant)
+            )
+            where = _join(name, variant, label, f"seed-{seed}")
+            yield Cell(where, name, variant, label, seed, recipe, search)
 
 
 def _recipe(

@@ -71,6 +71,7 @@ class Part(Settings):
     variants: Annotated[tuple[Name, ...], Field(min_length=1)]
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     axes: dict[Name, dict[Name, Overrides]] = Field(default={})  # axis → point → settings
+    without: tuple[str, ...] = ()  # rows that are not run, as variant/point
     settings: Overrides = Field(default={})  # of the whole part
     search: str = OWN  # own: of every variant at every point; a part: its rates; base: none
     evaluation: Evaluation | None = None  # None: the study's
@@ -85,6 +86,15 @@ class Part(Settings):
             merged = {key: value for _, point in chosen for key, value in point.items()}
             found.append((label, merged))
         return found
+
+    def rows(self) -> list[tuple[Name, str, Overrides]]:
+        """Variant, label of the point and its settings, point by point."""
+        return [
+            (variant, label, point)
+            for label, point in self.points()
+            for variant in self.variants
+            if f"{variant}/{label}" not in self.without
+        ]
 
     def beside_of(self, variant: str) -> str | None:
         """The row that a variant's rows are compared with."""
@@ -144,24 +154,32 @@ class StudyRecipe(Settings):
             missing = [one for one in part.variants if one not in lender.variants]
             if missing:
                 raise ValueError(f"parts.{name}: {part.search} has no rate for {missing[0]!r}")
-        for variant in part.variants if part.beside else ():
-            self._check_row(name, part.beside_of(variant) or "")
         labels = dict(part.points())
-        for label, point in part.points():
+        every = [f"{variant}/{label}" for variant in part.variants for label in labels]
+        unknown = [one for one in part.without if one not in every]
+        if unknown:
+            raise ValueError(
+                f"parts.{name}.without: there is no row {unknown[0]!r}; the rows are "
+                f"{', '.join(every)}"
+            )
+        if not part.rows():
+            raise ValueError(f"parts.{name}.without leaves no row of it")
+        for variant, label, point in part.rows():
+            if part.beside:
+                self._check_row(name, part.beside_of(variant) or "")
             if part.other(point) not in (None, "", *labels):
                 raise ValueError(
                     f"parts.{name}: steps = {point['steps']!r}, but the points are "
                     f"{', '.join(labels)}"
                 )
-            for variant in part.variants:
-                where = "/".join(word for word in (name, variant, label) if word)
-                self.recipe(part, variant, point, origin=f"cell {where}")
+            where = "/".join(word for word in (name, variant, label) if word)
+            self.recipe(part, variant, point, origin=f"cell {where}")
 
     def _check_row(self, name: str, row: str) -> None:
         where, _, rest = row.partition("/")
         variant, _, label = rest.partition("/")
         part = self.parts.get(where)
-        if part is None or variant not in part.variants or label not in dict(part.points()):
+        if part is None or (variant, label) not in [(one, at) for one, at, _ in part.rows()]:
             raise ValueError(
                 f"parts.{name}.beside: there is no row {row!r}; write part/variant or "
                 "part/variant/point, where {variant} stands for the row's own"
