@@ -39,6 +39,15 @@ def evaluate(
             help="Of a benchmark: report (the number that is told) or choose (anything picked).",
         ),
     ] = "report",
+    max_input: Annotated[
+        int | None,
+        typer.Option(
+            "--max-input",
+            min=16,
+            help="Tokens of a benchmark's input: as many as it was fine-tuned with (its own if "
+            "left out).",
+        ),
+    ] = None,
     outcomes: Annotated[
         Path | None,
         typer.Option("--outcomes", help="Save every answer to the benchmarks, as JSON."),
@@ -92,6 +101,7 @@ def evaluate(
             benchmarks=[] if benchmarks is None else [n.strip() for n in benchmarks.split(",")],
             part=part,  # type: ignore[arg-type]
             limit=limit,
+            max_input=max_input,
             device=device or "cpu",
             bits_per_byte_only=bits_per_byte_only,
             trust_remote_code=trust_remote_code,

@@ -14,7 +14,7 @@ import numpy as np
 from smelt.text2text.items import Answer, Item
 from smelt.text2text.metrics import measure
 from smelt.text2text.tasks import Task
-from smelt.text2text.words import content_words, words
+from smelt.text2text.words import asked_words, content_words, words
 
 NUM_ORDERS = 20  # random orders whose scores are averaged
 WINDOW_WORDS = 4  # of the answer that is guessed beside the question's words
@@ -85,7 +85,7 @@ def inverse_frequency(train: Sequence[Item]) -> Callable[[str], float]:
 
 def _overlap(item: Item, weight: Callable[[str], float]) -> Answer:
     """How much of the question's words a sentence holds."""
-    shared = _asked(item) & content_words(item.context)
+    shared = asked_words(item.question) & content_words(item.context)
     return Answer((0.0, sum(weight(word) for word in sorted(shared)) - 1e6))
 
 
@@ -107,13 +107,9 @@ def sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", text)
 
 
-def _asked(item: Item) -> set[str]:
-    return content_words(item.question.removeprefix("question: "))
-
-
 def _nearest_sentence(item: Item) -> str:
     """The sentence with the most of the question's words; the first of equal ones."""
-    asked = _asked(item)
+    asked = asked_words(item.question)
     return max(sentences(item.context), key=lambda one: len(asked & content_words(one)))
 
 
@@ -122,7 +118,7 @@ def nearest_window(item: Item) -> str:
 
     The strongest of these rules: a question repeats what stands around its answer.
     """
-    asked = _asked(item)
+    asked = asked_words(item.question)
     found = [(m.start(), m.end(), m.group().lower()) for m in re.finditer(r"\w+", item.context)]
     best, at = -1.0, 0
     for begin in range(max(1, len(found) - WINDOW_WORDS + 1)):

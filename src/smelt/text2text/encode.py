@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from smelt.errors import RecipeError
 from smelt.text.spans import sentinels
 from smelt.text2text.items import Item
-from smelt.text2text.words import content_words
+from smelt.text2text.words import asked_words
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _window(item: Item, ends: Sequence[int], size: int, *, with_answer: bool) ->
 
 def _shared_words(item: Item, ends: Sequence[int], size: int) -> list[int]:
     """How many of the question's words each part of so many tokens holds, by where it begins."""
-    asked = content_words(item.question.removeprefix("question: "))
+    asked = asked_words(item.question)
     at: dict[int, list[str]] = {}  # by the token that ends the word
     for match in re.finditer(r"\w+", item.context):
         if (word := match.group().lower()) in asked:

@@ -57,3 +57,8 @@ def words(text: str) -> list[str]:
 def content_words(text: str) -> set[str]:
     """The words that say what a text is about."""
     return set(words(text)) - _FUNCTION_WORDS
+
+
+def asked_words(question: str) -> set[str]:
+    """The content words of an item's question, without the word that introduces it."""
+    return content_words(question.removeprefix("question: "))
