@@ -233,6 +233,21 @@ def test_the_command_saves_records_and_outcomes(folder, tmp_path):
     assert all(len(scores) == 2 for scores in saved["sst2"]["answers"].values())
 
 
+def test_the_command_cuts_inputs_to_what_is_asked(folder):
+    """As many tokens as a model was fine-tuned with may be fewer than the benchmark's own."""
+
+    def is_cut(*words):
+        command = ["evaluate", str(folder), "--benchmarks", "squad", "--limit", "5"]
+        done = CliRunner().invoke(app, [*command, *words])
+        assert done.exit_code == 0, done.output
+        return "100.0% of the inputs cut" in done.output
+
+    assert not is_cut()
+    assert is_cut("--max-input", "24")
+    refused = CliRunner().invoke(app, ["evaluate", str(folder), "--max-input", "8"])
+    assert refused.exit_code == 2
+
+
 # --- what cannot be asked ------------------------------------------------------------------------
 
 
