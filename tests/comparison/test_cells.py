@@ -84,6 +84,20 @@ def test_all_that_is_compressed_is_made_from_one_full_model_and_its_statistics(m
     assert {one.heal.task for one in made} == {full.train.task}
 
 
+def test_every_seed_of_a_ground_is_fine_tuned_from_the_stage_before_it_and_others_are_not(make):
+    stage = {"task": {"name": "sst2"}, "steps": 3}
+    study = make(tasks__sst2__before=stage)
+    made = works(study)
+    name, work = made.before("sst2")
+    assert name == "sst2/before" and work.train.start == study.start and work.train.steps == 3
+    fulls = [made.full(Cell("sst2", seed, FULL)) for seed in (0, 1)]
+    assert {one.train.start for one in fulls} == {work.model} == {one.source for one in fulls}
+    assert made.before("mrpc") is None
+    assert made.full(Cell("mrpc", 0, FULL)).train.start == study.start
+    whole = make(tasks__sst2__fine_tune=None)  # what the stage made is the full model
+    assert str(works(whole).folder(Cell("sst2", 0, FULL))) == work.model
+
+
 def test_gradients_are_taken_where_a_variant_reads_them(make):
     def wants(study):
         return works(study).full(Cell("sst2", 0, FULL)).calibration.gradients

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from smelt.comparison.listing import listing
 from smelt.comparison.markdown import report
 from smelt.comparison.runner import run_comparison
 from smelt.comparison.schedule import Progress
@@ -36,6 +37,18 @@ def test_everything_is_done_once_in_order_and_a_second_call_does_nothing(make, w
     assert not ran.failed and worker() == ran.done == ALL
     assert run_comparison(study, jobs=1).done == [] and worker() == ALL
     assert results(study)["unfinished"] == {}
+
+
+def test_a_stage_before_a_ground_is_run_once_and_first(make, worker):
+    study = make(tasks__sst2__before={"task": {"name": "sst2"}, "steps": 3})
+    assert listing(study)[0]["job"] == "sst2/before"
+    assert Progress(study).states()["sst2/seed-0/full"] == "waits for sst2/before"
+    worker(fail=["sst2/before"])
+    assert list(run_comparison(study, jobs=1).failed) == ["sst2/before"]
+    worker(fail=[])
+    assert run_comparison(study, jobs=2).done[0] == "sst2/before"
+    done = worker()[1:]
+    assert done[0] == "sst2/before" and sorted(done[1:]) == sorted(ALL)
 
 
 def test_an_interrupted_comparison_does_the_jobs_of_an_uninterrupted_one(make, worker):

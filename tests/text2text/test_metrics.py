@@ -13,12 +13,12 @@ from reference.benchmark_scores import (
     squad_f1,
     words,
 )
-from smelt.text2text.baselines import nearest_window, sentences, trivial
+from smelt.text2text.baselines import nearest_window, trivial
 from smelt.text2text.files import read_items
 from smelt.text2text.items import Answer, Item
 from smelt.text2text.metrics import RESAMPLES, measure
 from smelt.text2text.tasks import TASKS
-from smelt.text2text.words import exact_match, hotpot_f1, normalise, word_f1
+from smelt.text2text.words import exact_match, hotpot_f1, normalise, sentences, word_f1
 
 
 def judged(labels, groups=None):

@@ -5,6 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+from smelt.errors import RecipeError
+from smelt.recipe import check_recipe
 from smelt.text.spans import IGNORED
 from smelt.text2text.files import is_held_out, read_split
 from smelt.train.batches import PaddedRows
@@ -42,6 +44,49 @@ def test_nothing_of_the_reported_split_is_trained_or_held_out(model, words):
     (held_out,) = data.held_out
     assert held_out.name.startswith("squad/train")
     assert len(held_out.examples) == sum(map(is_held_out, read_split("squad", "train").items))
+
+
+def test_invented_questions_take_the_place_of_a_benchmarks_own_in_training_alone(
+    model, words, tmp_path
+):
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "In 1871 the engineer Mary Hale built a stone bridge over the river Amber, and 3,200 people"
+        " cross it every day. The town hall of Port Ellis was opened in 1902 after a great fire"
+        " had burnt down the wooden market of the old quarter.\n"
+    )
+    plain = task_data(TaskSettings(name="squad"), model, words)
+    own = {"questions": 20, "paragraphs_of": ["squad"], "text": [str(path)]}
+    data = task_data(TaskSettings(name="squad", invented=own), model, words)
+    assert len(data.rows) == 20 and data.sha256 != plain.sha256
+    assert data.task["trained_on"].startswith("20 invented questions about squad/train (")
+    assert [one.name for one in data.held_out] == [one.name for one in plain.held_out]
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"])
+        for a, b in zip(data.held_out[0].examples, plain.held_out[0].examples, strict=True)
+    )
+    assert set(targets(data.rows, words)) & {"1871", "Mary Hale", "1902", "3,200", "Port Ellis"}
+
+
+def test_text_of_which_no_question_can_be_made_is_refused(model, words, tmp_path):
+    (tmp_path / "text.txt").write_text("Short.\n")
+    own = {"questions": 20, "text": [str(tmp_path / "text.txt")]}
+    with pytest.raises(RecipeError, match="no question can be made"):
+        task_data(TaskSettings(name="squad", invented=own), model, words)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"name": "sst2", "invented": {"questions": 5, "paragraphs_of": ["squad"]}}, "squad"),
+        ({"name": "squad", "invented": {"questions": 5}}, "paragraphs_of"),
+        ({"name": "squad", "invented": {"questions": 5, "paragraphs_of": ["quad"]}}, "'quad'"),
+        ({"name": "squad", "invented": {"questions": 0, "paragraphs_of": ["squad"]}}, "questions"),
+    ],
+)
+def test_invented_questions_that_cannot_be_are_refused_by_name(task, said):
+    with pytest.raises(RecipeError, match=said):
+        check_recipe(task, TaskSettings)
 
 
 def test_rare_answers_are_repeated_where_balance_is_asked(model, words):

@@ -15,9 +15,12 @@ def listing(study: ComparisonRecipe, only: str | None = None) -> list[dict[str, 
     states, rows = progress.states(), []
     begin = progress.works.beginning()
     if begin is not None:
-        state = "done" if progress.is_done(START) else progress.store.failure(START) or "not begun"
-        rows.append(_row(START, begin, state))
+        rows.append(_row(START, begin, _state(progress, START)))
     seen: set[str] = set()
+    for task in dict.fromkeys(cell.task for cell in progress.asked):
+        before = progress.works.before(task)
+        if before is not None:
+            rows.append(_row(*before, _state(progress, before[0])))
     for cell in progress.asked:
         if cell.variant != FULL and cell.task not in seen:
             seen.add(cell.task)
@@ -38,9 +41,12 @@ def _trials(progress: Progress, task: str) -> list[dict[str, Any]]:
     for rate in progress.rates(task).grid:
         for variant in searched(progress.study, task):
             name, work = progress.works.trial(task, variant, rate)
-            state = "done" if progress.is_done(name) else progress.store.failure(name)
-            rows.append(_row(name, work, state or "not begun"))
+            rows.append(_row(name, work, _state(progress, name)))
     return rows
+
+
+def _state(progress: Progress, name: str) -> str:
+    return "done" if progress.is_done(name) else progress.store.failure(name) or "not begun"
 
 
 def _row(name: str, work: Work, state: str) -> dict[str, Any]:

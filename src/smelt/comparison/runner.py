@@ -83,7 +83,7 @@ def run_comparison(
             for name in progress.made_of_another(job.id):
                 forget(progress.store, name)
         progress.tidy()
-        if records is not None and job.id != START:
+        if records is not None and job.work.kind != "start":
             records.keep(progress.store, job.id)
 
     return carry_out(

@@ -111,7 +111,8 @@ class Progress:
     def ready(self) -> list[Job]:
         """Jobs whose ground is laid and which are not done, in the order of running.
 
-        The start; then cell by cell: the full model, the search its ground needs, the variants.
+        The start; then cell by cell: what comes before the full model, it, the search its ground
+        needs, the variants.
         """
         begin = self.works.beginning()
         if begin is not None and not self.is_done(START):
@@ -127,7 +128,7 @@ class Progress:
         if self.is_done(cell.id):
             return []
         if cell.variant == FULL:
-            return [Job(cell.id, self.works.full(cell))]
+            return [self._full(cell)]
         if not self.is_done(cell.full.id):
             return []
         after = self._after(cell)
@@ -146,13 +147,20 @@ class Progress:
                 return []
         return [Job(cell.id, self.works.variant(cell, rate))]
 
+    def _full(self, cell: Cell) -> Job:
+        """The full model, or first what it is fine-tuned from."""
+        before = self.works.before(cell.task)
+        if before is not None and not self.is_done(before[0]):
+            return Job(*before)
+        return Job(cell.id, self.works.full(cell))
+
     def _trials(self, task: str, rates: Rates) -> list[Job]:
         """The trials that lack, and before them the models that they are made from."""
         search = self.study.heal_search
         assert search is not None
         full = Cell(task, search.seed, FULL)
         if not self.is_done(full.id):
-            return [Job(full.id, self.works.full(full))]
+            return [self._full(full)]
         jobs = []
         for rate in rates.grid:
             for variant, found in rates.loss.items():
@@ -185,11 +193,12 @@ class Progress:
         reason = self.store.failure(cell.id)
         if reason is not None:
             return f"failed: {reason}"
-        waits = [cell.full] if cell.variant != FULL else []
+        before = self.works.before(cell.task)
+        waits = [cell.full.id] if cell.variant != FULL else [before[0]] if before else []
         after = self._after(cell)
-        for other in (*waits, after) if after else waits:
-            if not self.is_done(other.id):
-                return f"waits for {other.id}"
+        for other in (*waits, after.id) if after else waits:
+            if not self.is_done(other):
+                return f"waits for {other}"
         search = needs_search(self.study, cell.variant)
         if search is not None:
             if cell.task not in known:

@@ -1,6 +1,6 @@
 """The work that every cell and trial of a comparison stands for: its recipes and its folders."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Works:
     def folder(self, cell: Cell) -> Path:
         """The folder of a cell's model; a full model that is not fine-tuned is the start."""
         if cell.variant == FULL and self._tuning(cell) is None:
-            return Path(self.start).expanduser()
+            return Path(self._origin(cell.task)).expanduser()
         return self.store.run(cell.id)
 
     def result(self, name: str) -> Path:
@@ -56,12 +56,33 @@ class Works:
     def beginning(self) -> Work | None:
         """The run that makes the start; None: it is a folder."""
         named = self.study.start
+        if isinstance(named, str) and not named.endswith(".yaml"):
+            return None
+        return self._begun(START, named, {"output": self.start})
+
+    def before(self, task: str) -> tuple[str, Work] | None:
+        """Name and work of the run between the start and a ground's fine-tuning, if there is one.
+
+        All seeds of the ground start from what it makes.
+        """
+        named = self.study.tasks[task].before
+        if named is None:
+            return None
+        name = f"{task}/before"
+        own = {"start": self.start, "output": str(self.store.run(name))}
+        return name, self._begun(name, named, own)
+
+    def _begun(self, name: str, named: str | Mapping[str, Any], own: dict[str, Any]) -> Work:
         if isinstance(named, str):
-            if not named.endswith(".yaml"):
-                return None
             named = read_values(find_recipe(named, "train"), TrainRecipe)
-        recipe = check_recipe({**named, "output": self.start}, TrainRecipe, origin=START)
-        return Work(kind="start", result=str(self.result(START)), model=self.start, train=recipe)
+        recipe = check_recipe({**named, **own}, TrainRecipe, origin=name)
+        folder = recipe.output
+        return Work(kind="start", result=str(self.result(name)), model=folder, train=recipe)
+
+    def _origin(self, task: str) -> str:
+        """The folder that fine-tuning on a ground starts from."""
+        found = self.before(task)
+        return self.start if found is None else found[1].model
 
     # --- full models -----------------------------------------------------------------------------
 
@@ -71,7 +92,12 @@ class Works:
         tuning = self._tuning(cell)
         train = None
         if tuning is not None:
-            values = {"start": self.start, **tuning, "output": folder, "seed": cell.seed}
+            values = {
+                "start": self._origin(cell.task),
+                **tuning,
+                "output": folder,
+                "seed": cell.seed,
+            }
             if ground.text is None:
                 values["task"] = self._task(cell.task)
             train = check_recipe(values, TrainRecipe, origin=f"cell {cell.id}")
@@ -79,7 +105,7 @@ class Works:
             kind="full",
             result=str(self.result(cell.id)),
             model=folder,
-            source=self.start,
+            source=self._origin(cell.task),
             train=train,
             calibration=self._calibration(cell),
             stats=self.stats(cell),
@@ -235,6 +261,10 @@ class Works:
         begin = self.beginning()
         if begin is not None:
             yield START, begin
+        for task in self.study.tasks:
+            found = self.before(task)
+            if found is not None:
+                yield found
         for cell in cells(self.study):
             yield cell.id, self.full(cell) if cell.variant == FULL else self.variant(cell)
 

@@ -14,7 +14,7 @@ import numpy as np
 from smelt.text2text.items import Answer, Item
 from smelt.text2text.metrics import measure
 from smelt.text2text.tasks import Task
-from smelt.text2text.words import asked_words, content_words, words
+from smelt.text2text.words import asked_words, content_words, sentences, words
 
 NUM_ORDERS = 20  # random orders whose scores are averaged
 WINDOW_WORDS = 4  # of the answer that is guessed beside the question's words
@@ -100,11 +100,6 @@ def _answering(train: Sequence[Item]) -> dict[str, Rule]:
         "sentence nearest the question": lambda item: Answer(text=_nearest_sentence(item)),
         "words nearest the question's": lambda item: Answer(text=nearest_window(item)),
     }
-
-
-def sentences(text: str) -> list[str]:
-    """A text's sentences, roughly: cut after a full stop before a capital letter."""
-    return re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", text)
 
 
 def _nearest_sentence(item: Item) -> str:

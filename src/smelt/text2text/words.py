@@ -62,3 +62,8 @@ def content_words(text: str) -> set[str]:
 def asked_words(question: str) -> set[str]:
     """The content words of an item's question, without the word that introduces it."""
     return content_words(question.removeprefix("question: "))
+
+
+def sentences(text: str) -> list[str]:
+    """A text's sentences, roughly: cut after a full stop before a capital letter."""
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", text)

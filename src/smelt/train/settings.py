@@ -90,6 +90,25 @@ class SpanSettings(Settings):
         return self
 
 
+class InventedSettings(Settings):
+    """Questions made from text (`smelt.text2text.invent`)."""
+
+    questions: PositiveInt  # at most
+    paragraphs_of: tuple[str, ...] = ()  # benchmarks whose training contexts are asked about
+    text: tuple[Annotated[TextSource, BeforeValidator(as_source)], ...] = ()  # and other text
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "InventedSettings":
+        unknown = [name for name in self.paragraphs_of if name not in TASKS]
+        if unknown:
+            raise ValueError(
+                f"paragraphs_of: there is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}"
+            )
+        if not self.paragraphs_of and not self.text:
+            raise ValueError("give paragraphs_of (benchmarks) or text: what is asked about")
+        return self
+
+
 class TaskSettings(Settings):
     """A benchmark to fine-tune on, as text to text; docs/tasks.md has the protocol."""
 
@@ -101,6 +120,7 @@ class TaskSettings(Settings):
     balanced: bool = False  # repeat the examples of rare answers until all are as frequent
     held_out: PositiveInt = 256  # examples whose loss is measured on the way, never reported ones
     seed: Annotated[int, Field(ge=0)] = 0  # which examples are drawn, whatever the run's seed
+    invented: InventedSettings | None = None  # trained on these instead of its own questions
 
     @field_validator("name")
     @classmethod
@@ -108,6 +128,13 @@ class TaskSettings(Settings):
         if name not in TASKS:
             raise ValueError(f"there is no such task; the tasks are {', '.join(TASKS)}")
         return name
+
+    @model_validator(mode="after")
+    def _answers_are_generated(self) -> "TaskSettings":
+        if self.invented is not None and TASKS[self.name].kind != "answer":
+            fit = ", ".join(name for name, task in TASKS.items() if task.kind == "answer")
+            raise ValueError(f"invented questions are for the tasks {fit}; leave them out")
+        return self
 
     @property
     def input_length(self) -> int:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smelt.errors import RecipeError
 from smelt.text import TokenBlocks
 from smelt.text.blocks import make_blocks
+from smelt.text.sources import read_documents
 from smelt.text.spans import IGNORED
 from smelt.text2text.encode import Encoded, Encoder
-from smelt.text2text.files import Items, read_items
+from smelt.text2text.files import read_items
+from smelt.text2text.invent import invent
 from smelt.text2text.items import Item
 from smelt.train.batches import PaddedRows, Rows
 from smelt.train.data import Example
@@ -59,7 +61,8 @@ def task_data(
             "text here: give a checkpoint of an encoder–decoder family (switch_transformers)."
         )
     encoder = Encoder(tokenizer, max_input=task.input_length, max_target=task.target_length)
-    train, chosen = read_items(task.name, "train"), read_items(task.name, "choose")
+    chosen = read_items(task.name, "choose")
+    train, trained_on = _train_items(task)
     drawn = _drawn(train, task)
     encoded = encoder.encode(drawn, for_training=True)
     held_out = encoder.encode(
@@ -82,7 +85,7 @@ def task_data(
         sum(len(one.input_ids) + len(one.target_ids) for one in encoded),
         {
             "name": task.name,
-            "trained_on": str(train),
+            "trained_on": trained_on,
             "examples": len(examples),
             "examples_with_repeats": len(rows),
             "share_of_inputs_cut": _share([one.is_cut for one in encoded]),
@@ -125,12 +128,31 @@ def _padding(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _drawn(train: Items, task: TaskSettings) -> list[Item]:
+def _train_items(task: TaskSettings) -> tuple[Sequence[Item], str]:
+    """A benchmark's training items, or invented ones in their place; and what they are."""
+    own = task.invented
+    if own is None:
+        train = read_items(task.name, "train")
+        return train.items, str(train)
+    asked = [read_items(name, "train") for name in own.paragraphs_of]
+    texts = [item.context for one in asked for item in one.items]
+    texts += [text for source in own.text for text in read_documents(source)]
+    found = invent(texts, own.questions, seed=task.seed)
+    sources = ", ".join(map(str, (*asked, *own.text)))
+    if not found:
+        raise RecipeError(
+            f"task {task.name}: no question can be made from {sources}: there is no sentence with "
+            "a number, a name or a noun in a paragraph of 200 characters. Give other text."
+        )
+    return found, f"{len(found):,} invented questions about {sources}"
+
+
+def _drawn(train: Sequence[Item], task: TaskSettings) -> list[Item]:
     """The training items that a limit leaves, in the order of the file."""
-    if task.limit is None or task.limit >= len(train.items):
-        return list(train.items)
-    chosen = np.random.default_rng(task.seed).permutation(len(train.items))[: task.limit]
-    return [train.items[i] for i in sorted(chosen.tolist())]
+    if task.limit is None or task.limit >= len(train):
+        return list(train)
+    chosen = np.random.default_rng(task.seed).permutation(len(train))[: task.limit]
+    return [train[i] for i in sorted(chosen.tolist())]
 
 
 def _balanced(examples: Sequence[Example], encoded: Sequence[Encoded]) -> list[Example]:
