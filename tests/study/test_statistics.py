@@ -22,6 +22,9 @@ def draws():
     return np.random.default_rng(5).normal(3.2, 0.01, (2, 5))
 
 
+FEW = (0.01, -0.02, 0.015, -0.005, 0.0, 0.01)  # noise of a run
+
+
 def test_a_paired_difference_is_scipys_paired_t_test(draws):
     a, b = draws
     found = paired(dict(enumerate(a)), dict(enumerate(b)))
@@ -119,6 +122,14 @@ def test_residuals_are_what_the_law_does_not_say():
     found = fit_power_law(x, y)
     for one, value, residual in zip(x, y, found.residuals, strict=True):
         assert value - found.at(one) == pytest.approx(residual, abs=1e-9)
+
+
+def test_points_without_a_trend_determine_no_law():
+    x = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    flat = fit_power_law(x, [3.0, 3.1, 2.95, 3.05, 2.98, 3.06])
+    assert flat is not None and not flat.is_determined
+    falling = fit_power_law(x, [3 + 2 * one**-0.5 + e for one, e in zip(x, FEW, strict=True)])
+    assert falling is not None and falling.is_determined
 
 
 def test_three_sizes_make_no_law_of_three_parameters():

@@ -165,6 +165,18 @@ def test_a_fitted_part_gets_its_law_per_variant_and_text(make, trained):
     assert fits[0]["by_parameters"] is None  # three different sizes only
 
 
+def test_a_law_that_the_points_do_not_determine_is_named_so(make, trained):
+    experts = {f"E{E}": {"model.num_experts": E} for E in (2, 4, 8, 16)}
+    part = {"variants": ["ar-moe"], "seeds": [0], "search": "base", "axes": {"experts": experts}}
+    study = make(parts__core__search="base", parts__size={**part, "is_fitted": True})
+    for cell, nats in zip(cells(study, "size"), (3.0, 3.1, 2.95, 3.05), strict=True):
+        number = cell.recipe.model.fields()["num_experts"]
+        trained(study, cell.id, cell.recipe, nats, parameters=number * 1000)
+    (fit,) = results(study)["fits"]
+    assert fit["by_parameters"]["is_determined"] is False
+    assert "not determined" in report(results(study))
+
+
 def test_decode_times_stand_in_the_row_of_their_cell(core):
     store = Store(core.output)
     write(store.folder / "decode.json", {"milliseconds": {"core/samoe/seed-0": {"1": 2.5}}})

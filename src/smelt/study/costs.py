@@ -31,7 +31,9 @@ def fits(study: StudyRecipe, rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "text": list(own[0].runs[min(own[0].runs)].by_source),
                 "rows": [row.id for row in own],
                 "nats": nats,
-                "by_parameters": None if law is None else asdict(law),
+                "by_parameters": None
+                if law is None
+                else asdict(law) | {"is_determined": law.is_determined},
                 "by_width_and_experts": None if plane is None else asdict(plane),
             }
         )

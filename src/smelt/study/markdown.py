@@ -40,7 +40,8 @@ POWER = (
 )
 FITS = (
     "nats = floor + scale · (parameters / middle)^−exponent; and log nats on the logs of width and "
-    "experts. ± standard error; rms of the residuals. Residuals are in tables.json."
+    "experts. ± standard error; rms of the residuals. Residuals are in tables.json. Not "
+    "determined: an exponent less than two standard errors from 0; the loss may as well be flat."
 )
 MATCHED = (
     "Picked: a row within 2 %. Interpolated: linearly in log cost between neighbours on the other "
@@ -132,8 +133,9 @@ def _fits(fits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         if law is not None:
             errors = law["errors"] or (None, None, None)
-            one["floor"] = _with_error(law["floor"], errors[0])
-            one["scale"] = _with_error(law["scale"], errors[1])
+            is_found = law["is_determined"]
+            one["floor"] = _with_error(law["floor"], errors[0]) if is_found else "not determined"
+            one["scale"] = _with_error(law["scale"], errors[1]) if is_found else None
             one["middle"] = round(law["middle"])
             one["exponent"] = _with_error(law["exponent"], errors[2])
             one["rms"] = _fixed(law["rms"])

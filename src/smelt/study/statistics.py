@@ -62,6 +62,11 @@ class PowerLaw:
     residuals: tuple[float, ...]  # y − fit, as the points were given
     rms: float  # of the residuals, by the degrees of freedom left
 
+    @property
+    def is_determined(self) -> bool:
+        """Whether the exponent differs from 0 by two standard errors: else y may be flat."""
+        return self.errors is not None and self.exponent > 2 * self.errors[2]
+
     def at(self, x: float) -> float:
         """The fitted y."""
         return float(self.floor + self.scale * (x / self.middle) ** -self.exponent)
