@@ -102,6 +102,25 @@ def test_equal_costs_are_compared_and_unequal_ones_are_said_to_be(core):
     assert "not spanned" in report(results(core))
 
 
+def test_variants_that_span_nothing_share_one_line_of_their_row(make, trained):
+    own = {name: {"model.sharing": name} for name in ("all", "groups", "dense")}
+    study = make(
+        variants={"samoe": {"model.sharing": "pool"}, "ar-moe": {"model.sharing": "none"}, **own},
+        parts__core__variants=["samoe", "ar-moe", *own],
+        parts__core__search="base",
+        parts__size__search="base",
+        focus="samoe",
+    )
+    for number, cell in enumerate(cells(study, "core")):
+        size = 1000 if cell.variant in ("samoe", "ar-moe") else 3000
+        trained(study, cell.id, cell.recipe, 3.0 + number / 10, parameters=size)
+    text = report(results(study))
+    table = text.partition("At equal total parameters")[2].partition("###")[0]
+    lines = [line for line in table.splitlines() if "core/samoe " in line]
+    assert len(lines) == 2 and "picked: core/ar-moe" in lines[0]
+    assert "all, groups, dense" in lines[1] and "not spanned" in lines[1]
+
+
 def test_a_larger_reference_on_both_sides_is_interpolated(make, trained):
     study = make(
         parts__core__search="base",

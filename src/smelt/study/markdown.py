@@ -150,21 +150,41 @@ def _fits(fits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _matched(name: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "row": one["row"],
-            name: round(one["cost"]) if one["cost"] > 1000 else one["cost"],
-            "nats": _fixed(one["nats"]),
-            "beside": one["beside"],
-            "its nats": _fixed(one["nats_beside"]),
-            "how": f"{one['how']}: {', '.join(one['taken_from'])}",
-            "difference": None
-            if one["difference"] is None
-            else _signed(one["difference"])
-            + ("" if one["standard_error"] is None else f" ± {one['standard_error']:.4f}"),
-        }
-        for one in rows
-    ]
+    """A line per comparison; those that nothing spans share one for each row, behind the others."""
+    shown: dict[str, list[dict[str, Any]]] = {}
+    unspanned: dict[str, list[Mapping[str, Any]]] = {}
+    for one in rows:
+        lines = shown.setdefault(one["row"], [])
+        if one["difference"] is None:
+            unspanned.setdefault(one["row"], []).append(one)
+        else:
+            error = one["standard_error"]
+            difference = _signed(one["difference"]) + ("" if error is None else f" ± {error:.4f}")
+            how = f"{one['how']}: {', '.join(one['taken_from'])}"
+            lines.append(_beside(name, one, one["beside"], one["nats_beside"], how, difference))
+    for row, lacking in unspanned.items():
+        beside = ", ".join(one["beside"] for one in lacking)
+        shown[row].append(_beside(name, lacking[0], beside, None, "not spanned", None))
+    return [line for lines in shown.values() for line in lines]
+
+
+def _beside(
+    name: str,
+    one: Mapping[str, Any],
+    beside: str,
+    nats: float | None,
+    how: str,
+    difference: str | None,
+) -> dict[str, Any]:
+    return {
+        "row": one["row"],
+        name: round(one["cost"]) if one["cost"] > 1000 else one["cost"],
+        "nats": _fixed(one["nats"]),
+        "beside": beside,
+        "its nats": _fixed(nats),
+        "how": how,
+        "difference": difference,
+    }
 
 
 def _finetune(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
