@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from smelt.study.statistics import (
+    PowerLaw,
     detectable,
     fit_log_plane,
     fit_power_law,
@@ -128,6 +129,8 @@ def test_points_without_a_trend_determine_no_law():
     x = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
     flat = fit_power_law(x, [3.0, 3.1, 2.95, 3.05, 2.98, 3.06])
     assert flat is not None and not flat.is_determined
+    nearly = PowerLaw(3.5, 1e-9, 1e-9, 1.0, (1e4, 1e4, 1e-20), (), 0.1)  # as code's were
+    assert not nearly.is_determined
     falling = fit_power_law(x, [3 + 2 * one**-0.5 + e for one, e in zip(x, FEW, strict=True)])
     assert falling is not None and falling.is_determined
 

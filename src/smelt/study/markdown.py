@@ -41,7 +41,7 @@ POWER = (
 FITS = (
     "nats = floor + scale · (parameters / middle)^−exponent; and log nats on the logs of width and "
     "experts. ± standard error; rms of the residuals. Residuals are in tables.json. Not "
-    "determined: an exponent less than two standard errors from 0; the loss may as well be flat."
+    "determined: scale or exponent less than two standard errors from 0; the loss may be flat."
 )
 MATCHED = (
     "Picked: a row within 2 %. Interpolated: linearly in log cost between neighbours on the other "

@@ -64,8 +64,10 @@ class PowerLaw:
 
     @property
     def is_determined(self) -> bool:
-        """Whether the exponent differs from 0 by two standard errors: else y may be flat."""
-        return self.errors is not None and self.exponent > 2 * self.errors[2]
+        """Whether scale and exponent differ from 0 by two standard errors: else y may be flat."""
+        if self.errors is None:
+            return False
+        return self.scale > 2 * self.errors[1] and self.exponent > 2 * self.errors[2]
 
     def at(self, x: float) -> float:
         """The fitted y."""
