@@ -16,14 +16,15 @@ def listing(study: ComparisonRecipe, only: str | None = None) -> list[dict[str, 
     begin = progress.works.beginning()
     if begin is not None:
         rows.append(_row(START, begin, _state(progress, START)))
-    seen: set[str] = set()
-    for task in dict.fromkeys(cell.task for cell in progress.asked):
-        before = progress.works.before(task)
-        if before is not None:
-            rows.append(_row(*before, _state(progress, before[0])))
+    begun: set[str] = set()
+    tried: set[str] = set()
     for cell in progress.asked:
-        if cell.variant != FULL and cell.task not in seen:
-            seen.add(cell.task)
+        before = progress.works.before(cell.task)
+        if before is not None and cell.task not in begun:
+            rows.append(_row(*before, _state(progress, before[0])))
+        begun.add(cell.task)
+        if cell.variant != FULL and cell.task not in tried:
+            tried.add(cell.task)
             rows += _trials(progress, cell.task)
         rows.append(_row(cell.id, _work(progress, cell), states[cell.id]))
     return rows
