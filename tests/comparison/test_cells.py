@@ -94,7 +94,12 @@ def test_every_seed_of_a_ground_is_fine_tuned_from_the_stage_before_it_and_other
     assert {one.train.start for one in fulls} == {work.model} == {one.source for one in fulls}
     assert made.before("mrpc") is None
     assert made.full(Cell("mrpc", 0, FULL)).train.start == study.start
-    whole = make(tasks__sst2__fine_tune=None)  # what the stage made is the full model
+    named = "switch-small-questions.yaml"
+    both = works(make(tasks__sst2__before=named, tasks__mrpc__before=named))
+    assert both.before("sst2") == both.before("mrpc")  # run once
+    whole = make(
+        tasks__sst2__before=stage, tasks__sst2__fine_tune=None
+    )  # what the stage made is the full model
     assert str(works(whole).folder(Cell("sst2", 0, FULL))) == work.model
 
 

@@ -190,9 +190,11 @@ def values_of_a_causal_model(samoe, tmp_path):
     return {**samoe, "model": model, "output": str(tmp_path / "causal"), "steps": 1}
 
 
-def test_a_start_that_is_none_is_refused(tuning, tmp_path, run):
-    with pytest.raises(SmeltError, match="holds no tokenizer"):
-        run(tuning, start=str(tmp_path))
+def test_a_start_that_is_none_is_refused_as_a_start(tuning, tmp_path, run):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SmeltError) as refused:
+            run(tuning, start=str(place))
+        assert str(place) in str(refused.value) and "tokenizer" not in str(refused.value)
 
 
 def test_a_start_without_a_tokenizer_is_refused(started, tuning, tmp_path, run):

@@ -20,9 +20,9 @@ def listing(study: ComparisonRecipe, only: str | None = None) -> list[dict[str, 
     tried: set[str] = set()
     for cell in progress.asked:
         before = progress.works.before(cell.task)
-        if before is not None and cell.task not in begun:
+        if before is not None and before[0] not in begun:
             rows.append(_row(*before, _state(progress, before[0])))
-        begun.add(cell.task)
+            begun.add(before[0])
         if cell.variant != FULL and cell.task not in tried:
             tried.add(cell.task)
             rows += _trials(progress, cell.task)

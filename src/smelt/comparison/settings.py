@@ -47,8 +47,8 @@ class Ground(Settings):
     max_input: Annotated[int, Field(ge=16)] | None = None  # tokens; None: the benchmark's own
     balanced: bool = False  # training examples of rare answers repeated
     before: str | Overrides | None = None
-    """A stage from the start to what is fine-tuned, once for all seeds: a training recipe, its
-    .yaml file, or that's name."""
+    """A stage from the start to what is fine-tuned, once for all seeds: a training recipe, or its
+    .yaml file or name, which grounds share."""
     fine_tune: Overrides | None = Field(default={})  # None: the start is the full model
     heal: Overrides = Field(default={})
     calibration: Overrides = Field(default={})

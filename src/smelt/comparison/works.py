@@ -63,12 +63,12 @@ class Works:
     def before(self, task: str) -> tuple[str, Work] | None:
         """Name and work of the run between the start and a ground's fine-tuning, if there is one.
 
-        All seeds of the ground start from what it makes.
+        All seeds of the ground start from what it makes, and so do all grounds that name its file.
         """
         named = self.study.tasks[task].before
         if named is None:
             return None
-        name = f"{task}/before"
+        name = f"before/{Path(named).stem}" if isinstance(named, str) else f"{task}/before"
         own = {"start": self.start, "output": str(self.store.run(name))}
         return name, self._begun(name, named, own)
 
@@ -261,10 +261,8 @@ class Works:
         begin = self.beginning()
         if begin is not None:
             yield START, begin
-        for task in self.study.tasks:
-            found = self.before(task)
-            if found is not None:
-                yield found
+        stages = (self.before(task) for task in self.study.tasks)
+        yield from dict(stage for stage in stages if stage is not None).items()
         for cell in cells(self.study):
             yield cell.id, self.full(cell) if cell.variant == FULL else self.variant(cell)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from smelt.checkpoint.source import Checkpoint
 from smelt.errors import RecipeError
 from smelt.recipe import expand_environment
 from smelt.train import distributed, processes
@@ -78,6 +79,8 @@ def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
     output = Path(expand_environment(recipe.output)).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Name another folder, or remove this one.")
+    if recipe.start is not None:
+        Checkpoint.open(expand_environment(recipe.start))  # else its tokenizer is what is missed
     tokenizer = processes.in_turn(
         lambda: find_tokenizer(
             recipe.tokenizer, recipe.text, with_mask=recipe.objective == "masked"
