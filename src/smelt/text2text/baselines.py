@@ -111,7 +111,7 @@ def _nearest_sentence(item: Item) -> str:
 def nearest_window(item: Item) -> str:
     """Four words beside which the most of the question's words stand, and among which none does.
 
-    The strongest of these rules: a question repeats what stands around its answer.
+    The one that is right most often: a question repeats what stands around its answer.
     """
     asked = asked_words(item.question)
     found = [(m.start(), m.end(), m.group().lower()) for m in re.finditer(r"\w+", item.context)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import RecipeError
@@ -19,10 +19,11 @@ from smelt.train.faults import disk_may_fill
 from smelt.train.log import check_tensorboard, peak_memory_bytes
 from smelt.train.measure import num_choices, report
 from smelt.train.resume import begin, last_checkpoint
-from smelt.train.run import run
+from smelt.train.run import Ran, run
 from smelt.train.seeds import finished, of_seed, summary
 from smelt.train.settings import TrainRecipe
 from smelt.train.shards import find_tokenizer, tokenizer_sha256
+from smelt.train.task_examples import TrainingSet
 from smelt.train.watch import OnStep
 
 __all__ = ["TrainRecipe", "train"]
@@ -115,26 +116,7 @@ def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
             dtype = getattr(torch, recipe.dtype)
             write(model, tokenizer, partial, dtype)
             distributed.round_to(model, dtype)
-            trained = recipe.steps * recipe.batch_size * recipe.sequence_length
-            result = {
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "steps": recipe.steps,
-                "tokens_trained": trained,
-                "distinct_tokens": data.distinct_tokens,
-                "seconds": round(ran.seconds, 1),
-                "tokens_per_second": round(ran.tokens_per_second, 1),
-                "training_flops_per_token": ran.flops_per_token,
-                "peak_flops": ran.peak_flops,
-                "mfu": ran.mfu,
-                "peak_memory_bytes": peak,
-                "train_text_sha256": data.sha256,
-                **({} if data.task is None else {"task": data.task}),
-                # in float32, of the weights as they were saved
-                **report(
-                    model, data.counts, data.held_out, recipe.batch_size // processes.started()
-                ),
-                "checkpoints": ran.kept,  # in float32, of the weights before they were saved
-            }
+            result = _result(recipe, model, data, ran, peak)
             if processes.is_first():
                 spelt = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
                 (partial / "smelt" / "training.json").write_text(spelt, encoding="utf-8")
@@ -145,6 +127,29 @@ def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return result
+
+
+def _result(
+    recipe: TrainRecipe, model: PreTrainedModel, data: TrainingSet, ran: Ran, peak: int
+) -> dict[str, Any]:
+    """What training.json says; the model's weights are as they were saved."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": recipe.steps,
+        "tokens_trained": recipe.steps * recipe.batch_size * recipe.sequence_length,
+        "distinct_tokens": data.distinct_tokens,
+        "seconds": round(ran.seconds, 1),
+        "tokens_per_second": round(ran.tokens_per_second, 1),
+        "training_flops_per_token": ran.flops_per_token,
+        "peak_flops": ran.peak_flops,
+        "mfu": ran.mfu,
+        "peak_memory_bytes": peak,
+        "train_text_sha256": data.sha256,
+        **({} if data.task is None else {"task": data.task}),
+        # in float32, of the weights as they were saved
+        **report(model, data.counts, data.held_out, recipe.batch_size // processes.started()),
+        "checkpoints": ran.kept,  # in float32, of the weights before they were saved
+    }
 
 
 def _finish(partial: Path, output: Path) -> None:
