@@ -29,7 +29,7 @@ from smelt.compress.apply import apply
 from smelt.compress.facts import Facts, read_facts
 from smelt.compress.pipeline import Calibrated, read_text, run_calibration, run_plan
 from smelt.compress.plan import Plan
-from smelt.compress.sequential import apply_sequentially
+from smelt.compress.walking import apply_walking
 from smelt.evaluate.perplexity import measure
 from smelt.recipe import CalibrationRecipe, CompressRecipe
 
@@ -187,7 +187,7 @@ def compressed(
         out = Path(folder) / "out"
         shared = {"stats": calibrated.stats, "facts": facts}
         if plan.recipe.sequential:
-            apply_sequentially(checkpoint, plan, out, batches=calibrated.batches, **shared)
+            apply_walking(checkpoint, plan, out, batches=calibrated.batches, **shared)
         else:
             apply(checkpoint, plan, out, **shared)
         yield out

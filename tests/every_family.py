@@ -155,6 +155,14 @@ STOCK_ONLY = {"OpenAIPrivacyFilterExperts": "a token classifier: no mapped form"
 """Classes that work in the stock and expanded forms only, and why."""
 
 
+NOT_FITTED: dict[str, str] = {
+    "DeepseekV4Experts": "its routers read token ids",
+    "Gemma4TextExperts": "its blocks hold the experts themselves",
+    "ZayaExperts": "its routers read what the router before them made",
+}
+"""Classes whose layers cannot be fitted (reconstruct), and why."""
+
+
 @dataclass(frozen=True)
 class ExpertsClass:
     """One decorated class: where it is defined."""
@@ -220,14 +228,15 @@ def table(classes: list[ExpertsClass]) -> str:
         "its experts, and writes this table with `SMELT_WRITE_TABLES=1`.",
         "Switch (`switch_transformers`) works too, with experts of its own.",
         "",
-        "| family | experts class | stock | mapped | note |",
-        "|---|---|---|---|---|",
+        "| family | experts class | stock | mapped | reconstruct | note |",
+        "|---|---|---|---|---|---|",
     ]
     for each in classes:
         stock = "no" if each.name in NOT_WORKING else "yes"
         mapped = "no" if each.name in NOT_WORKING | STOCK_ONLY else "yes"
-        note = (NOT_WORKING | STOCK_ONLY).get(each.name, "")
-        lines.append(f"| {each.family} | `{each.name}` | {stock} | {mapped} | {note} |")
+        fitted = "no" if each.name in NOT_WORKING | NOT_FITTED else "yes"
+        note = (NOT_WORKING | STOCK_ONLY | NOT_FITTED).get(each.name, "")
+        lines.append(f"| {each.family} | `{each.name}` | {stock} | {mapped} | {fitted} | {note} |")
     lines += ["", "Families outside the contract that smelt does not read, by model type:", ""]
     contract = {each.family for each in classes}
     lines += [f"- `{k}`: {why}" for k, why in NOT_COVERED.items() if k not in contract]

@@ -222,6 +222,38 @@ class DecomposeRecipe(Settings):
         return self.rank or 32
 
 
+class ReconstructRecipe(Settings):
+    """What is kept of each layer, fitted to what the whole layer did on calibration tokens.
+
+    First the down projections in closed form, then gradient steps; a share of the tokens is held
+    out and decides what is kept, so that no layer ends worse than it began.
+    """
+
+    target: Literal["layer", "sequential", "corrected"] = "layer"
+    experts: bool = True
+    router: bool = True
+    biases: bool = True  # of both
+    inputs: Literal["walk", "sample"] = "walk"  # sample: the inputs that the statistics keep
+    tokens: int | None = Field(default=None, ge=64)  # None: all that are calibrated on
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    closed_form: bool = True
+    ridge: float = Field(default=1e-2, gt=0)  # of the closed form, by the Grams' mean diagonal
+    steps: int = Field(default=300, ge=0)
+    seconds: float | None = Field(default=None, gt=0)  # of gradient steps, per layer at most
+    batch_tokens: int = Field(default=1024, ge=1)
+    rate: float = Field(default=0.03, gt=0)  # Adam's step, as a share of a parameter's size
+    evaluations: int = Field(default=20, ge=1)  # of the held-out tokens, on the way
+    anchor: float = Field(default=0.0, ge=0)  # weight of the squared relative distance to the start
+    weight: Literal["none", "saliency", "relative"] = "none"  # of each token's squared error
+    states: Literal["model", "float32", "bfloat16"] = "model"  # type of the tokens that are kept
+
+    @model_validator(mode="after")
+    def _something_is_fitted(self) -> Self:
+        if not (self.experts or self.router):
+            raise ValueError("set experts or router, or both: nothing else can be fitted")
+        return self
+
+
 DEFAULT_METHODS = {"stock": "reap", "mapped": "m-smoe-saliency", "expanded": "m-smoe-saliency"}
 """What won the study (LAB.md, 2026-11-22); only the stock form can drop experts."""
 
@@ -255,6 +287,7 @@ class CompressRecipe(Settings):
     sequential: bool = False
     decompose: DecomposeRecipe | None = None  # the mapped form only
     hidden_units: int | None = Field(default=None, ge=1)  # F kept in every expert; stock form only
+    reconstruct: ReconstructRecipe | None = None  # true: with its defaults
     calibration: CalibrationRecipe = CalibrationRecipe()
     seed: int = 0
     device: str = "cpu"
@@ -274,6 +307,12 @@ class CompressRecipe(Settings):
         if values.get("method") is not None:
             return values
         return {**values, "method": DEFAULT_METHODS.get(values.get("form", "stock"), "reap")}
+
+    @field_validator("reconstruct", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        """`true` is the usual fit, `false` none."""
+        return ({} if value else None) if isinstance(value, bool) else value
 
     @field_validator("protect", mode="before")
     @classmethod

@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +19,16 @@ from every_family import ExpertsClass
 from smelt.checkpoint import mapped
 from smelt.checkpoint.bind import MoeLayer, find_layers
 from smelt.checkpoint.families import NOT_COVERED
+from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Walk
-from smelt.compress.calibrate import Collector, calibrate
+from smelt.compress.calibrate import Collector, RoutingStats, calibrate
 from smelt.compress.facts import read_facts
-from smelt.errors import CheckpointError
+from smelt.compress.pipeline import run_plan
+from smelt.compress.plan import Plan
+from smelt.compress.walking import apply_walking
+from smelt.errors import CheckpointError, PlanError
+from smelt.recipe import CompressRecipe
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 CLASSES = every_family.experts_classes()
@@ -72,6 +79,13 @@ def test_a_family_with_the_contract_works_end_to_end(name: str, tmp_path: Path) 
     written = Checkpoint.open(stock)
     assert plan.predicted.bytes_after == sum(t.num_bytes for t in written.tensors.values())
 
+    if name not in every_family.NOT_FITTED:
+        fitted_on(checkpoint, stats, batches, tmp_path / "fitted")
+    else:
+        with pytest.raises(PlanError, match="Leave reconstruct out"):
+            fitted_on(checkpoint, stats, batches, tmp_path / "fitted")
+        assert not (tmp_path / "fitted.partial").exists()
+
     if name not in every_family.STOCK_ONLY:
         settings = {"experts": 4, "method": "m-smoe"}
         folders = [
@@ -81,6 +95,21 @@ def test_a_family_with_the_contract_works_end_to_end(name: str, tmp_path: Path) 
         few, all_ = (Checkpoint.open(folder).cls.from_pretrained(folder) for folder in folders)
         found, expected = (logits_of(each.eval(), inputs[0]) for each in (few, all_))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def fitted_on(
+    checkpoint: Checkpoint, stats: RoutingStats, batches: Sequence[Batch], folder: Path
+) -> None:
+    """Half the experts, fitted for a few steps: no layer is further from what it did."""
+    facts = read_facts(checkpoint)
+    settings = {"experts": 4, "method": "reap", "reconstruct": {"steps": 8, "batch_tokens": 64}}
+    recipe = CompressRecipe(source=str(checkpoint.folder), output=str(folder), **settings)
+    plan = run_plan(checkpoint, stats, recipe, facts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*numbers for each")
+        apply_walking(checkpoint, plan, folder, batches=batches, stats=stats, facts=facts)
+    fits = [layer.fit for layer in Plan.load(folder / "smelt" / "plan.json").layers]
+    assert all(fit is not None and fit.after <= fit.before for fit in fits)
 
 
 def test_a_token_that_wants_no_expert_counts_for_none(tmp_path: Path) -> None:

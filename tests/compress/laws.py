@@ -15,7 +15,7 @@ from smelt.compress.calibrate import RoutingStats, calibrate
 from smelt.compress.facts import Facts, read_facts
 from smelt.compress.pipeline import run_plan
 from smelt.compress.plan import Plan
-from smelt.compress.sequential import apply_sequentially
+from smelt.compress.walking import apply_walking
 from smelt.recipe import CompressRecipe
 
 TOKENS = torch.randint(3, 90, (8, 24), generator=torch.Generator().manual_seed(1))
@@ -45,11 +45,17 @@ class Ground:
     stats: RoutingStats
 
     @classmethod
-    def make(cls, folder: Path, family: str = "qwen3_moe", **settings: Any) -> "Ground":
+    def make(
+        cls,
+        folder: Path,
+        family: str = "qwen3_moe",
+        given: list[Batch] | None = None,
+        **settings: Any,
+    ) -> "Ground":
         mapped.register()
         save(family, folder, **settings)
         checkpoint = Checkpoint.open(folder)
-        stats = calibrate(checkpoint, batches(2), text="tokens", sample_tokens=64)
+        stats = calibrate(checkpoint, given or batches(2), text="tokens", sample_tokens=64)
         return cls(folder, checkpoint, read_facts(checkpoint), stats)
 
     def recipe(self, out: Path, **settings: Any) -> CompressRecipe:
@@ -61,8 +67,9 @@ class Ground:
 
     def compress(self, out: Path, **settings: Any) -> Path:
         plan = self.plan(out, **settings)
-        if plan.recipe.sequential:
-            return apply_sequentially(
+        fits = plan.recipe.reconstruct
+        if plan.recipe.sequential or (fits is not None and fits.inputs == "walk"):
+            return apply_walking(
                 self.checkpoint, plan, out, batches=batches(2), stats=self.stats, facts=self.facts
             )
         return apply(self.checkpoint, plan, out, stats=self.stats, facts=self.facts)

@@ -17,7 +17,7 @@ from smelt.compress.calibrate import calibrate
 from smelt.compress.gradients import with_gradients
 from smelt.compress.methods import METHODS_TABLE
 from smelt.compress.plan import Plan
-from smelt.compress.sequential import apply_sequentially
+from smelt.compress.walking import apply_walking
 from smelt.errors import PlanError
 from smelt.evaluate.fidelity import fidelity
 from smelt.evaluate.layer_error import layer_errors
@@ -217,7 +217,7 @@ def test_the_statistics_of_a_pruned_checkpoint_count_no_output_of_dropped_expert
 def test_a_sequential_compression_by_any_rule_loads_and_has_the_predicted_bytes(ground, tmp_path):
     for method in ("prune", "zipit", "fisher", "git-rebasin"):
         plan = ground.plan(method=method, form="mapped", experts=4, sequential=True)
-        folder = apply_sequentially(
+        folder = apply_walking(
             ground.source,
             plan,
             tmp_path / method,

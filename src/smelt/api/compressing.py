@@ -159,6 +159,12 @@ def apply(
             "The plan is sequential: its groups are decided while the model is walked. Carry it "
             "out with `smelt compress` and the same settings, or plan without sequential."
         )
+    if found.recipe.reconstruct is not None and found.recipe.reconstruct.inputs == "walk":
+        raise PlanError(
+            "The plan reconstructs layers on the calibration text, which is walked again for that. "
+            "Carry it out with `smelt compress` and the same settings, or plan with "
+            "reconstruct.inputs=sample: then the inputs that the statistics keep are enough."
+        )
     known = None if stats is None else load_stats(stats)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     check_destination(destination, checkpoint.folder)

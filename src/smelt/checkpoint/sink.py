@@ -24,6 +24,7 @@ from smelt.errors import CheckpointError
 
 JOURNAL = "journal.json"
 SUMS = "smelt/sha256.json"
+FITS = "fits"
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf"}
 
 
@@ -123,7 +124,8 @@ class Sink:
                 (self.staging / name).parent.mkdir(parents=True, exist_ok=True)
                 _write_text(self.staging / name, text)
             self._complete_sums()
-            shutil.rmtree(self.staging / "smelt" / "stats", ignore_errors=True)
+            for name in ("stats", FITS):
+                shutil.rmtree(self.staging / "smelt" / name, ignore_errors=True)
             self.staging.replace(self.destination)
             (self.destination / "smelt" / JOURNAL).unlink()
         except OSError as error:

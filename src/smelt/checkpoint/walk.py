@@ -6,13 +6,14 @@ there. Large embeddings and output matrices outside the blocks are stages of the
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from smelt.checkpoint.place import move_buffers, put, take_out
 from smelt.checkpoint.source import Checkpoint
 
 Visit = Callable[["Stage"], contextlib.AbstractContextManager[None]]
@@ -20,7 +21,6 @@ Visit = Callable[["Stage"], contextlib.AbstractContextManager[None]]
 
 _STAGED = (nn.Embedding, nn.Linear)
 _STAGED_PARAMS = 1 << 20
-_META = torch.device("meta")
 _CPU = torch.device("cpu")
 
 
@@ -32,14 +32,23 @@ class Stage:
         self.module = module
         self.walk = walk
 
-    def replay(self) -> None:
-        """Run the module on every waiting batch and drop the outputs (hooks see the batches)."""
-        for index in range(len(self.walk.batches)):
+    def outputs(self, indices: Iterable[int] | None = None) -> Iterator[tuple[int, Any]]:
+        """Run the module on waiting batches, all of them or these, and yield what it returns."""
+        for index in range(len(self.walk.batches)) if indices is None else indices:
             self.walk.current = index
             args, kwargs = self.walk.waiting[index]
             device = self.walk.device
             with torch.no_grad():
-                type(self.module).forward(self.module, *_to(args, device), **_to(kwargs, device))
+                yield index, self.own(*_to(args, device), **_to(kwargs, device))
+
+    def replay(self, indices: Iterable[int] | None = None) -> None:
+        """The same for hooks alone, that see the batches: the outputs are dropped."""
+        for _ in self.outputs(indices):
+            pass
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     @contextlib.contextmanager
     def runs_as(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -104,10 +113,7 @@ class Walk:
 
     def unload(self, names: Sequence[str]) -> None:
         """Give the memory of these parameters back."""
-        for name in names:
-            if name in self._meta:
-                owner, _, leaf = name.rpartition(".")
-                self.model.get_submodule(owner)._parameters[leaf] = self._meta[name]
+        take_out(self.model, {name: self._meta[name] for name in names if name in self._meta})
 
     def run(
         self, visit: Visit | None = None, *, until: str | None = None
@@ -118,7 +124,7 @@ class Walk:
             visit: entered around every block.
             until: stop after this block; then nothing is yielded.
         """
-        self._move_buffers()
+        move_buffers(self.model, self.device)
         self.load(self._resident)
         main = getcurrent()
         hooks = self._hook()
@@ -197,25 +203,6 @@ class Walk:
 
     def _bring(self, _module: nn.Module, args: Any) -> Any:
         return _to(args, self.device)
-
-    def _move_buffers(self) -> None:
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device not in (self.device, _META):
-                    module._buffers[name] = buffer.to(self.device)
-
-
-def put(model: nn.Module, name: str, value: Tensor, device: torch.device) -> None:
-    """Put a value in place of a parameter or buffer, in the type that the model computes in."""
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    expected = owner._parameters.get(leaf)
-    if expected is None:
-        buffer = owner._buffers[leaf]
-        owner._buffers[leaf] = value.to(device, value.dtype if buffer is None else buffer.dtype)
-    else:
-        value = value.to(device, expected.dtype)
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
 def _size(module: nn.Module) -> int:

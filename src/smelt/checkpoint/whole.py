@@ -3,8 +3,8 @@
 from transformers import PreTrainedModel
 
 from smelt.checkpoint.device import check_device
+from smelt.checkpoint.place import put
 from smelt.checkpoint.source import Checkpoint
-from smelt.checkpoint.walk import put
 
 
 def load_model(checkpoint: Checkpoint, device: str = "cpu") -> PreTrainedModel:

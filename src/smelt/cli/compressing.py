@@ -39,6 +39,15 @@ Sequential = Annotated[
     ),
 ]
 
+Reconstruct = Annotated[
+    bool | None,
+    typer.Option(
+        "--reconstruct/--no-reconstruct",
+        help="Fit what is kept of each layer to what the layer did (how: --set "
+        "reconstruct.steps=300 …).",
+    ),
+]
+
 
 def compress(
     source: Annotated[
@@ -55,6 +64,7 @@ def compress(
     text: options.Texts = None,
     tokens: options.Tokens = None,
     sequential: Sequential = None,
+    reconstruct: Reconstruct = None,
     stats: options.Stats = None,
     seed: options.Seed = None,
     device: options.Device = None,
@@ -84,6 +94,7 @@ def compress(
         "text": text,
         "num_tokens": tokens,
         "sequential": sequential,
+        "reconstruct": reconstruct,
         "seed": seed,
         "device": device,
         "workers": workers,
@@ -274,6 +285,7 @@ def _report(screen: Screen, source: str, folder: Path, shown: str) -> None:
         **{key: predicted[key] for key in ("params_before", "params_after")},
         **{key: predicted[key] for key in ("bytes_before", "bytes_after")},
         "bytes_on_disk": disk_bytes(folder),
+        "fits": {layer["name"]: layer["fit"] for layer in layers if layer.get("fit")},
         "dropped": json.loads(text).get("dropped", []),
         "seconds": screen.seconds,
     }
@@ -292,6 +304,13 @@ def _words(value: dict[str, Any], source: str, folder: str) -> str:
         f"{number(value['params_before'])} → {number(value['params_after'])} parameters, "
         f"in {value['seconds']} s"
     )
+    fits = value["fits"].values()
+    if fits:
+        before, after = (sum(fit[k] for fit in fits) / len(fits) for k in ("before", "after"))
+        sizes += (
+            f"\n{len(fits)} layers fitted: error of a layer's output on held-out tokens "
+            f"{before:.3f} → {after:.3f} (mean)"
+        )
     lines = [f"{experts} ({value['method']}, {value['form']} form)", sizes, f"Written to {folder}"]
     if value["dropped"]:
         lines.append(f"Left out: {len(value['dropped'])} tensors of multi-token-prediction layers")

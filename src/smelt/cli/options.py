@@ -67,6 +67,8 @@ def compress_recipe(
             values.pop(other, None)  # a budget on the command line replaces the file's
     if "rank" in own:
         values["decompose"] = (values.get("decompose") or {}) | {"rank": own.pop("rank")}
+    if own.get("reconstruct") is True:  # the file may say how
+        own["reconstruct"] = values.get("reconstruct") or {}
     group = {**(values.get("calibration") or {}), **own.pop("calibration", {})}
     values |= own | ({"calibration": group} if group else {})
     return _finish(values, overrides, CompressRecipe, file)

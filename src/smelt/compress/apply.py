@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,16 @@ from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.device import give_memory_back
 from smelt.checkpoint.sink import Sink, encode
 from smelt.checkpoint.source import Checkpoint
-from smelt.checkpoint.width import hidden_field
 from smelt.compress.align import Aligner
 from smelt.compress.calibrate import Progress, RoutingStats
 from smelt.compress.check import positions
+from smelt.compress.done import Done
 from smelt.compress.factoring import decide_factors, is_decided
 from smelt.compress.facts import Facts, read_facts
+from smelt.compress.form import new_config
 from smelt.compress.layer import Changed, Compressor
-from smelt.compress.plan import LayerPlan, MatrixFactors, Plan
+from smelt.compress.plan import LayerPlan, Plan, is_changed
+from smelt.compress.reconstructor import Reconstructor, check_runs_alone
 from smelt.errors import PlanError
 from smelt.experts import ExpertBank
 
@@ -51,6 +52,8 @@ def apply(
     check_plan(checkpoint, plan, stats)
     checkpoint.check()
     new_config(checkpoint, facts, plan)  # refuses what cannot be written before anything is
+    if plan.recipe.reconstruct is not None:
+        check_runs_alone(facts)
     key = run_key(checkpoint, plan)
     sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
     stages = stage_names(checkpoint)
@@ -60,16 +63,17 @@ def apply(
         fisher = None if stats is None else stats.fisher
         compressor = Compressor(checkpoint, facts, plan, aligner, fisher)
         if not is_decided(plan):
-            compressor.plan = plan = _decided(compressor, sink, stats)
+            compressor.plan = plan = decided(compressor, sink, stats)
+        work = _Blocks(compressor, sink, stages, stats)
         for index, stage in enumerate(stages):
             if not sink.has(index, count):
-                sink.write(index, count, _compressed(compressor, stage, stats))
+                sink.write(index, count, work.tensors(stage))
             if progress:
                 progress(stage or "the rest", index + 1, count)
-    return finish(sink, checkpoint, facts, plan, count, documents or {})
+    return finish(sink, checkpoint, facts, work.final(), count, documents or {})
 
 
-def _decided(compressor: Compressor, sink: Sink, stats: RoutingStats | None) -> Plan:
+def decided(compressor: Compressor, sink: Sink, stats: RoutingStats | None) -> Plan:
     """The plan with its ranks and rows; a killed run that had found them finds them again."""
     kept = sink.staging / "smelt" / "plan.json"
     if kept.is_file():
@@ -95,22 +99,50 @@ def _decided(compressor: Compressor, sink: Sink, stats: RoutingStats | None) -> 
     return found
 
 
-def _compressed(
-    compressor: Compressor, stage: str, stats: RoutingStats | None
-) -> dict[str, Tensor]:
-    """What the shard of a stage holds.
+class _Blocks:
+    """What the shards of a plan hold, block by block; layers are fitted where it says so."""
 
-    Nobody else holds it: kept while the next block is compressed, it would be counted twice.
-    """
-    changed = [
-        compressor.compress(
-            layer,
-            compressor.plan.layer(layer.name),
-            stats.layers.get(layer.name) if stats else None,
+    def __init__(
+        self, compressor: Compressor, sink: Sink, stages: list[str], stats: RoutingStats | None
+    ) -> None:
+        self.compressor = compressor
+        self.stages = stages
+        self.stats = stats
+        self.done = Done(sink, stages, keeps_tensors=False)
+        self.reconstructor: Reconstructor | None = None
+        recipe = compressor.plan.recipe.reconstruct
+        if recipe is not None:
+            checkpoint, facts, plan = compressor.checkpoint, compressor.facts, compressor.plan
+            device = torch.device(plan.recipe.device)
+            self.reconstructor = Reconstructor(checkpoint, facts, plan, recipe, device=device)
+
+    def tensors(self, stage: str) -> dict[str, Tensor]:
+        """What the shard of a stage holds.
+
+        Nobody else holds it: kept while the next block is compressed, it would be counted twice.
+        """
+        compressor, changed, layers = self.compressor, [], []
+        for layer in compressor.facts.anatomy.layers_of(stage):
+            plan = compressor.plan.layer(layer.name)
+            stats = self.stats.layers.get(layer.name) if self.stats else None
+            new = compressor.compress(layer, plan, stats)
+            if self.reconstructor is not None and is_changed(plan):
+                plan, new = self.reconstructor.fit_to_sample(layer, plan, new, stats)
+            changed.append(new)
+            layers.append(plan)
+        if self.reconstructor is not None and changed:
+            self.done.note(stage, layers, changed)
+        return stage_tensors(
+            compressor.checkpoint, compressor.facts, compressor.plan, stage, changed
         )
-        for layer in compressor.facts.anatomy.layers_of(stage)
-    ]
-    return stage_tensors(compressor.checkpoint, compressor.facts, compressor.plan, stage, changed)
+
+    def final(self) -> Plan:
+        """The plan with what the fits did."""
+        plan = self.compressor.plan
+        known = [self.done.read(stage) for stage in self.stages]
+        fitted = {layer.name: layer for one in known if one for layer in one.layers}
+        layers = tuple(fitted.get(layer.name, layer) for layer in plan.layers)
+        return plan.model_copy(update={"layers": layers})
 
 
 def finish(
@@ -182,34 +214,3 @@ def stage_tensors(
         out |= encode(checkpoint, name, tensor)
     keys = {key for name in same for key in checkpoint.layout[name].all_keys()}
     return out | sinks.raw(checkpoint, sorted(keys.union(extra)))
-
-
-def new_config(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> dict[str, Any]:
-    """config.json of the result."""
-    without_mtp = bool(facts.anatomy.mtp_keys)
-    if plan.form == "expanded":
-        return sinks.plain_config(checkpoint.config_dict, without_mtp=without_mtp)
-    if plan.form == "mapped":
-        stored = {
-            layer.experts: plan.layer(layer.name).num_groups for layer in facts.anatomy.layers
-        }
-        factors = {
-            layer.experts: _spec(known)
-            for layer in facts.anatomy.layers
-            if (known := plan.layer(layer.name).factors) is not None and is_decided(plan)
-        }
-        if factors:
-            return sinks.factored_config(checkpoint, stored, factors, without_mtp=without_mtp)
-        return sinks.mapped_config(checkpoint, stored, without_mtp=without_mtp)
-    first = plan.layers[0]
-    fields = {}
-    if first.hidden_units is not None:
-        before = facts.layers[0].hidden_size
-        name = hidden_field(checkpoint, facts.anatomy.layers, before, first.hidden_units)
-        fields[name] = first.hidden_units
-    return sinks.stock_config(checkpoint, first.num_groups, fields, without_mtp=without_mtp)
-
-
-def _spec(factors: Mapping[str, MatrixFactors]) -> dict[str, dict[str, int]]:
-    """Rank and kept rows of each matrix, as the configuration has them."""
-    return {name: {"rank": f.rank, "rows": sum(f.rows or ())} for name, f in factors.items()}

@@ -231,7 +231,7 @@ class Collector:
         starts = [sum(counts[:i]) for i in range(len(counts))]
 
         def rows() -> tuple[Tensor | None, Tensor]:
-            index = stage.walk.current
+            index = stage.walk.current % len(counts)  # a walk may hold a second stream of them
             start, count, mask = starts[index], counts[index], masks[index]
             real = None if count == mask.numel() else torch.where(mask)[0].to(stage.walk.device)
             here = picked[(picked >= start) & (picked < start + count)] - start

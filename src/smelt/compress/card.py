@@ -21,7 +21,9 @@ tags: [mixture-of-experts, smelt]
 {% endfor %}
 Method `{{ plan.recipe.method }}` in the {{ plan.form }} form: {{ method }}.
 Calibrated on {{ "{:,}".format(stats.num_tokens) }} tokens (text hash `{{ stats.text[:12] }}`).
-
+{% if fit %}
+{{ fit }}
+{% endif %}
 {{ loading }}
 
 What was decided for each expert is in `smelt/plan.json`, where it came from in
@@ -52,6 +54,17 @@ def _rows(plan: Plan) -> list[tuple[str, str, str]]:
     ]
 
 
+def _fit(plan: Plan) -> str:
+    recipe = plan.recipe.reconstruct
+    if recipe is None:
+        return ""
+    parts = [n for n in ("experts", "router") if getattr(recipe, n)]
+    return (
+        f"What is kept of each layer ({' and '.join(parts)}) was fitted to what the layer did on "
+        f"that text, target `{recipe.target}`; errors before and after are in the plan."
+    )
+
+
 def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
     """The model card as Markdown."""
     method = plan.method
@@ -69,5 +82,6 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
         plan=plan,
         method=", ".join(words),
         stats=stats,
+        fit=_fit(plan),
         loading=_LOADING[plan.form],
     )

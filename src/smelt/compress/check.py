@@ -46,8 +46,31 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
         _check_hidden_units(facts, recipe)
     if recipe.decompose is not None:
         _check_decompose(facts, recipe)
+    if recipe.reconstruct is not None:
+        _check_reconstruct(recipe)
     for layer in facts:
         groups_wanted(layer, recipe)
+
+
+def _check_reconstruct(recipe: CompressRecipe) -> None:
+    """A fit needs a layer that can change by itself, and inputs of the stream it is for."""
+    assert recipe.reconstruct is not None
+    target, inputs = recipe.reconstruct.target, recipe.reconstruct.inputs
+    if recipe.form == "expanded":
+        raise PlanError(
+            "the expanded form repeats each merged expert in all its places, and a fit would make "
+            "them different experts. Reconstruct the mapped form: it is the same function."
+        )
+    if recipe.sequential and target == "layer":
+        raise PlanError(
+            "sequential decides layers on the compressed stream, reconstruct.target = layer fits "
+            "them on the original one. Set reconstruct.target: sequential or corrected."
+        )
+    if inputs == "sample" and (target != "layer" or recipe.sequential):
+        raise PlanError(
+            "the inputs that the statistics keep are of the original stream: with "
+            "reconstruct.inputs = sample, set reconstruct.target: layer, and not sequential."
+        )
 
 
 def _check_names(method: Method) -> None:

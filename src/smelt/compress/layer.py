@@ -34,7 +34,7 @@ class Changed:
 
 
 class Compressor:
-    """Makes the new tensors of one layer at a time; `apply` and `sequential` stream."""
+    """Makes the new tensors of one layer at a time; `apply` and `walking` stream."""
 
     def __init__(
         self,

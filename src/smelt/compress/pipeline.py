@@ -22,8 +22,8 @@ from smelt.compress.facts import Facts, bank_reader, read_facts, router_reader
 from smelt.compress.gradients import check_gradients_fit, with_gradients
 from smelt.compress.methods import resolve
 from smelt.compress.plan import Plan
-from smelt.compress.sequential import apply_sequentially
 from smelt.compress.task_batches import task_batches
+from smelt.compress.walking import apply_walking
 from smelt.errors import CalibrationError, PlanError
 from smelt.recipe import CalibrationRecipe, CompressRecipe
 from smelt.text import TokenBlocks, parse_source, tokenize
@@ -212,9 +212,9 @@ def run_compress(
     stats = calibrated.stats
     plan = run_plan(checkpoint, stats, recipe, facts)
     write = partial(_write, checkpoint, plan, destination, stats, facts, recipe, stages)
-    if recipe.sequential:
+    if recipe.sequential or (recipe.reconstruct and recipe.reconstruct.inputs == "walk"):
         batches = calibrated.batches or read_inputs(checkpoint, recipe.calibration)[0]
-        return write(partial(apply_sequentially, batches=batches, device=recipe.device))
+        return write(partial(apply_walking, batches=batches, device=recipe.device))
     return write(apply)
 
 

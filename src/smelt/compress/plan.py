@@ -67,6 +67,19 @@ class MatrixFactors(_Strict):
     rows: tuple[int, ...] | None = None  # kept in each stored expert; None: not decided yet
 
 
+class LayerFit(_Strict):
+    """What reconstruction did to a layer: relative squared errors of its output, held out."""
+
+    before: float
+    after: float
+    solved: float | None = None  # after the closed form; None: it was not tried
+    steps: int
+    best_step: int  # whose state is kept; 0: that of the closed form, or the start
+    tokens: int
+    parameters: int
+    ended: Literal["done", "no better", "diverged", "out of time"]
+
+
 class LayerPlan(_Strict):
     """One MoE layer: who stays, who joins whom, and with what weight."""
 
@@ -89,6 +102,7 @@ class LayerPlan(_Strict):
     hidden_units: int | None = None  # F of the stored experts, where some are dropped
     bytes_before: int  # experts, router rows and the map, on disk
     bytes_after: int
+    fit: LayerFit | None = None  # once it is applied
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -110,6 +124,11 @@ class LayerPlan(_Strict):
         if any(abs(weight - 1) > 1e-6 for weight in total.values()):
             raise ValueError(f"the weights of a group do not sum to 1: {self.name}")
         return self
+
+
+def is_changed(layer: LayerPlan) -> bool:
+    """Whether a layer becomes another function, rather than staying as it is."""
+    return layer.operator != "keep" or layer.factors is not None or layer.hidden_units is not None
 
 
 class Predicted(_Strict):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from smelt.checkpoint import skeleton
 from smelt.checkpoint.anatomy import resized
 from smelt.checkpoint.bind import MoeLayer, is_module_dict
+from smelt.checkpoint.place import weights_in
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.align import Aligner
 from smelt.compress.calibrate import Progress, RoutingStats
@@ -18,7 +19,6 @@ from smelt.compress.layer import Compressor
 from smelt.compress.plan import LayerPlan, Plan
 from smelt.errors import PlanError
 from smelt.evaluate.layers import group_of, ratio
-from smelt.evaluate.walks import weights_in
 from smelt.experts import ExpertBank, mixture
 from smelt.routing import LayerStats
 

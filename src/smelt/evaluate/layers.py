@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from smelt.checkpoint.bind import MoeLayer, is_module_dict
 from smelt.checkpoint.inputs import Batch
+from smelt.checkpoint.place import move_buffers, weights_in
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Stage
-from smelt.evaluate.walks import move_buffers, weights_in
 
 Groups = tuple[Tensor, Tensor]
 """The group of each expert of the original [E], and of the compressed layer; −1: none."""

@@ -1,12 +1,9 @@
-"""What measurements add to a walk: progress, and one module of another model beside it."""
+"""What measurements add to a walk: progress."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
-
-from smelt.checkpoint.walk import Stage, Visit, put
+from smelt.checkpoint.walk import Stage, Visit
 from smelt.compress.calibrate import Progress
 
 
@@ -35,28 +32,3 @@ class Steps:
                 yield
 
         return both
-
-
-@contextlib.contextmanager
-def weights_in(
-    model: nn.Module, names: Sequence[str], read: Callable[[str], Tensor], device: torch.device
-) -> Iterator[None]:
-    """Within: these parameters and buffers of a skeleton hold what `read` gives."""
-    meta = dict(model.named_parameters(remove_duplicate=False))
-    try:
-        for name in names:
-            put(model, name, read(name), device)
-        yield
-    finally:
-        for name in names:
-            if name in meta:
-                owner, _, leaf = name.rpartition(".")
-                model.get_submodule(owner)._parameters[leaf] = meta[name]
-
-
-def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Buffers that are computed, not stored, follow the weights to their device."""
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                part._buffers[name] = buffer.to(device)

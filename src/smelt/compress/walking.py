@@ -1,0 +1,318 @@
+"""Compression while the model is walked: groups decided, and layers fitted, on the way.
+
+Sequential decisions: the budget is fixed by the one-shot plan, and a layer's groups are decided on
+the stream of the compressed layers before it. Reconstruction: what is kept of a layer is fitted to
+what the layer did, with inputs from the original stream, the compressed one, or both in step. A
+killed run walks again and does only what is missing: the same bytes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smelt.checkpoint.bind import MoeLayer
+from smelt.checkpoint.inputs import Batch
+from smelt.checkpoint.place import move_buffers, put, take_out
+from smelt.checkpoint.sink import Sink
+from smelt.checkpoint.source import Checkpoint
+from smelt.checkpoint.walk import Stage, Walk
+from smelt.compress.align import Aligner
+from smelt.compress.apply import check_plan, decided, finish, run_key, stage_names, stage_tensors
+from smelt.compress.calibrate import Collector, Progress, RoutingStats, last_block
+from smelt.compress.capture import Capture, check_adds_up, first_tensor
+from smelt.compress.decide import layer_seed, regroup
+from smelt.compress.done import Done
+from smelt.compress.factoring import is_decided
+from smelt.compress.facts import Facts, bank_reader, router_reader
+from smelt.compress.form import skeleton_of
+from smelt.compress.layer import Changed, Compressor
+from smelt.compress.plan import LayerPlan, Plan, is_changed
+from smelt.compress.reconstruct import LayerSample
+from smelt.compress.reconstructor import Reconstructor, check_runs_alone
+from smelt.compress.similarity import Evidence
+from smelt.errors import PlanError
+from smelt.recipe import ReconstructRecipe
+from smelt.routing import LayerStats
+
+_DTYPES = {"model": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def apply_walking(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    destination: str | Path,
+    *,
+    batches: Sequence[Batch],
+    stats: RoutingStats,
+    facts: Facts,
+    documents: Mapping[str, str] | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint of a plan that is sequential or reconstructs; returns its folder.
+
+    Args:
+        batches: the calibration text, walked again.
+        stats: the one-shot statistics that the plan's budget came from.
+    """
+    check_plan(checkpoint, plan, stats)
+    checkpoint.check()
+    if plan.recipe.reconstruct is not None:
+        check_runs_alone(facts)
+    key = "walking " + run_key(checkpoint, plan)
+    sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
+    with Aligner(workers) as aligner:
+        compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
+        if not is_decided(plan):
+            compressor.plan = decided(compressor, sink, stats)
+        run = _Walking(compressor, sink, stats, batches, device, progress)
+        try:
+            layers = run.through()
+        except PlanError:  # a family whose layers cannot be fitted
+            sink.abandon()
+            raise
+    final = compressor.plan.model_copy(update={"layers": layers})
+    return finish(sink, checkpoint, facts, final, len(run.stages), documents or {})
+
+
+class _Walking:
+    """One walk of a checkpoint, in which its compression is written block by block."""
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        sink: Sink,
+        stats: RoutingStats,
+        batches: Sequence[Batch],
+        device: str,
+        progress: Progress | None,
+    ) -> None:
+        self.compressor = compressor
+        self.checkpoint, self.facts = compressor.checkpoint, compressor.facts
+        self.plan, self.stats, self.sink = compressor.plan, stats, sink
+        self.recipe = self.plan.recipe.reconstruct
+        self.is_sequential = self.plan.recipe.sequential
+        self.progress = progress
+        self.stages = stage_names(self.checkpoint)
+        self.last = last_block(self.facts.anatomy.layers, self.stages)
+        target = None if self.recipe is None else self.recipe.target
+        self.is_compressed_stream = self.is_sequential or target != "layer"
+        count = len(batches)
+        # Both streams in step: the batches, and the batches again.
+        self.original = range(count) if target == "corrected" else range(0)
+        self.stream = range(len(self.original), len(self.original) + count)
+        inputs = [b.inputs for b in batches] * (2 if self.original else 1)
+        self.walk = Walk(self.checkpoint, inputs, device=device)
+        self.twin: PreTrainedModel = skeleton_of(
+            self.checkpoint, self.facts, self.plan, self.checkpoint.dtype
+        )
+        self.done = Done(sink, self.stages, keeps_tensors=self.is_compressed_stream)
+        self.written: set[str] = set()
+        self.layers: dict[str, LayerPlan] = {layer.name: layer for layer in self.plan.layers}
+        self.layer_of = {layer.name: layer for layer in self.facts.anatomy.layers}
+        self.found: dict[str, LayerStats] = {}  # of the compressed stream, of the block walked now
+        self.collector = None
+        if self.is_sequential:
+            self.collector = _collector(self.plan, stats, self.facts, batches)
+        self.decide = _decider(self.checkpoint, self.facts, self.plan)
+        if self.recipe is not None:
+            self.capture = _capture(self.recipe, self.facts, batches)
+            self.reconstructor = Reconstructor(
+                self.checkpoint, self.facts, self.plan, self.recipe, device=self.walk.device
+            )
+
+    def through(self) -> tuple[LayerPlan, ...]:
+        """Walk, and write every shard; returns the layers as they were decided."""
+        visit = self._on_compressed if self.is_compressed_stream else self._on_original
+        for _ in self.walk.run(visit, until=self.last):
+            raise AssertionError("the walk ends before any output")
+        for name in self.stages:  # what the walk did not reach: later blocks, those of images
+            if name not in self.written:
+                self._write(name, [])
+        return tuple(self.layers.values())
+
+    @contextlib.contextmanager
+    def _on_original(self, stage: Stage) -> Iterator[None]:
+        """Around a block of the original stream: it runs as it is, then its layers are fitted."""
+        if self.done.read(stage.name) is not None or not (layers := self._fittable(stage)):
+            yield
+            self._write(stage.name, self._recalled(stage) or self._compressed(stage))
+            return
+        with self.capture.watching(stage, layers) as caught:
+            yield
+        changed = self._compressed(stage)
+        samples = self._samples(caught)
+        self._write(stage.name, self._fitted(stage, changed, samples))
+
+    @contextlib.contextmanager
+    def _on_compressed(self, stage: Stage) -> Iterator[None]:
+        """Around a block of the compressed stream: its layers are decided and fitted before it."""
+        changed = self._recalled(stage) or self._decided_and_fitted(stage)
+        self._write(stage.name, changed)
+        with self._running_as(stage, changed):
+            yield
+
+    def _decided_and_fitted(self, stage: Stage) -> list[Changed]:
+        layers = self._fittable(stage)
+        with contextlib.ExitStack() as stack:
+            if self.collector is not None:
+                stack.enter_context(self.collector.watching(stage))
+            caught = stack.enter_context(self.capture.watching(stage, layers)) if layers else {}
+            if layers and self.original:
+                here = self._outputs(stage, layers[-1], self.stream)
+            else:
+                stage.replay(self.stream)
+        if self.collector is not None:
+            for layer in self._here(stage):
+                found = self.collector.stats.pop(layer.name)
+                self.layers[layer.name] = self.decide(layer.name, found)
+                self.found[layer.name] = found
+        changed = self._compressed(stage)
+        self.found.clear()
+        if not layers:
+            return changed
+        samples = self._samples(caught)
+        if self.original:
+            last = layers[-1]
+            check_adds_up(stage, last, self.stream[0])
+            wanted = self._outputs(stage, last, self.original)
+            samples[last.name] = _corrected(samples[last.name], here, wanted)
+        return self._fitted(stage, changed, samples)
+
+    def _samples(self, caught: dict[str, list[tuple[Tensor, Tensor]]]) -> dict[str, LayerSample]:
+        """What was caught of each layer as a sample; what it is made of is given up."""
+        samples = {}
+        for name in list(caught):
+            layer = self.layer_of[name]
+            samples[name] = self.capture.sample(layer, caught.pop(name))
+            self.reconstructor.check_alone(layer, samples[name])
+        return samples
+
+    def _outputs(self, stage: Stage, layer: MoeLayer, indices: range) -> Tensor:
+        """The block's own output on a stream, of the chosen tokens."""
+        parts = [
+            self.capture.picked(stage, layer, first_tensor(output))
+            for _, output in stage.outputs(indices)
+        ]
+        return torch.cat(parts)
+
+    def _here(self, stage: Stage) -> list[MoeLayer]:
+        return self.facts.anatomy.layers_of(stage.name)
+
+    def _fittable(self, stage: Stage) -> list[MoeLayer]:
+        """The layers of a block that are fitted: those that lose something, where any are."""
+        if self.recipe is None:
+            return []
+        return [layer for layer in self._here(stage) if is_changed(self.layers[layer.name])]
+
+    def _compressed(self, stage: Stage) -> list[Changed]:
+        """What becomes of each layer of a block, not fitted yet."""
+        return [
+            self.compressor.compress(
+                layer,
+                self.layers[layer.name],
+                self.found.get(layer.name) or self.stats.layers.get(layer.name),
+            )
+            for layer in self._here(stage)
+        ]
+
+    def _fitted(
+        self, stage: Stage, changed: list[Changed], samples: dict[str, LayerSample]
+    ) -> list[Changed]:
+        """The same with the layers that there are samples of fitted to them."""
+        fitted = []
+        for layer, one in zip(self._here(stage), changed, strict=True):
+            if layer.name in samples:
+                self.layers[layer.name], one = self.reconstructor.fit(
+                    layer, self.layers[layer.name], one, samples.pop(layer.name)
+                )
+            fitted.append(one)
+        self.done.note(stage.name, [self.layers[layer.name] for layer in self._here(stage)], fitted)
+        return fitted
+
+    def _recalled(self, stage: Stage) -> list[Changed] | None:
+        """What a killed run had made of this block already."""
+        known = self.done.read(stage.name)
+        if known is None:
+            return None
+        self.layers.update({layer.name: layer for layer in known.layers})
+        return [known.changed]
+
+    def _write(self, name: str, changed: list[Changed]) -> None:
+        index, count = self.stages.index(name), len(self.stages)
+        if not self.sink.has(index, count):
+            tensors = stage_tensors(self.checkpoint, self.facts, self.plan, name, changed)
+            self.sink.write(index, count, tensors)
+        self.written.add(name)
+        if self.progress:
+            self.progress(name or "the rest", len(self.written), count)
+
+    @contextlib.contextmanager
+    def _running_as(self, stage: Stage, changed: list[Changed]) -> Iterator[None]:
+        """Within: the compressed stream's batches run with the compressed layers."""
+        new = {name: tensor for c in changed for name, tensor in c.tensors.items()}
+        block = self.twin.get_submodule(stage.name)
+        meta = {f"{stage.name}.{name}": param for name, param in block.named_parameters()}
+        own = stage.module.state_dict()
+        for name in block.state_dict():
+            path = f"{stage.name}.{name}"
+            put(self.twin, path, new[path] if path in new else own[name], stage.walk.device)
+        move_buffers(block, stage.walk.device)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            run = block.forward if stage.walk.current in self.stream else stage.own
+            return run(*args, **kwargs)
+
+        try:
+            with stage.runs_as(forward):
+                yield
+        finally:
+            take_out(self.twin, meta)
+
+
+def _collector(
+    plan: Plan, stats: RoutingStats, facts: Facts, batches: Sequence[Batch]
+) -> Collector:
+    """Takes the statistics of the compressed stream, as the one-shot ones were taken."""
+    sample = max(len(layer.input_sample) for layer in stats.layers.values())
+    seed = plan.recipe.calibration.seed
+    return Collector(facts.anatomy.layers, batches, sample, seed, input_gram=False)
+
+
+def _capture(recipe: ReconstructRecipe, facts: Facts, batches: Sequence[Batch]) -> Capture:
+    return Capture(
+        batches,
+        facts.anatomy.layers,
+        tokens=recipe.tokens,
+        held_out=recipe.held_out,
+        dtype=_DTYPES[recipe.states],
+    )
+
+
+def _corrected(sample: LayerSample, here: Tensor, wanted: Tensor) -> LayerSample:
+    """The sample whose target takes the block's output to what the original's was."""
+    target = sample.target.float() + wanted.float() - here.float()
+    return replace(sample, target=target.to(sample.target.dtype))
+
+
+def _decider(
+    checkpoint: Checkpoint, facts: Facts, plan: Plan
+) -> Callable[[str, LayerStats], LayerPlan]:
+    """Decides a layer anew, by its name and its statistics on the compressed stream."""
+    banks, routers = bank_reader(checkpoint, facts), router_reader(checkpoint, facts)
+    positions = {layer.name: i for i, layer in enumerate(plan.layers)}
+
+    def decide(name: str, stats: LayerStats) -> LayerPlan:
+        seed = layer_seed(plan.recipe.seed, positions[name])
+        evidence = Evidence(stats, partial(banks, name), routers(name), seed)
+        return regroup(plan.layer(name), evidence, plan.recipe)
+
+    return decide
