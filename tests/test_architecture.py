@@ -20,6 +20,7 @@ ORDER = (
     ("errors",),
     ("recipe",),
     ("plugins",),
+    ("processes",),
     ("experts",),
     ("factors",),
     ("routing",),

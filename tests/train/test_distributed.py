@@ -13,9 +13,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from smelt import processes
 from smelt.errors import RecipeError, SmeltError
 from smelt.recipe import check_recipe
-from smelt.train import distributed, processes
+from smelt.train import distributed
 from smelt.train.trainer import TrainRecipe, train
 
 SCRIPT = Path(__file__).with_name("two_processes.py")

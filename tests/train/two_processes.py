@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from smelt import processes
 from smelt.bench import scale
 from smelt.cli import main
 from smelt.errors import RecipeError
 from smelt.recipe import check_recipe
 from smelt.samoe.config import SaMoEConfig
 from smelt.samoe.model import SaMoEForCausalLM
-from smelt.train import distributed, processes, trainer
+from smelt.train import distributed, trainer
 from smelt.train.optimiser import decayed
 from smelt.train.trainer import TrainRecipe, train
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from smelt import processes
 from smelt.checkpoint.anatomy import dissect
 from smelt.checkpoint.describe import Description, describe
 from smelt.checkpoint.device import check_device
@@ -98,7 +99,7 @@ def calibrate_by(
     if verify:
         verify_files(checkpoint.folder, stages("verify"))
     found = run_calibration(checkpoint, recipe, device=device, progress=stages("calibrate"))
-    if place is not None:
+    if place is not None and processes.is_first():
         staging = place.with_name(place.name + ".partial")
         found.stats.save(staging)
         staging.replace(place)

@@ -80,8 +80,11 @@ def compress(
     A run that was killed goes on where it stopped when the same command is given again.
 
     Example: smelt compress Qwen3-30B-A3B small --experts 64
+
+    The calibration tokens are shared out among the processes of
+    torchrun --nproc-per-node 2 -m smelt compress …
     """
-    screen = Screen(as_json=as_json, quiet=quiet)
+    screen = Screen.of_the_first(as_json=as_json, quiet=quiet)
     given = {
         "source": source,
         "output": destination,
@@ -101,9 +104,10 @@ def compress(
         "trust_remote_code": trust_remote_code or None,
     }
     made = options.compress_recipe(recipe, given, settings)
+    from smelt import processes
     from smelt.api import compress_by
 
-    with keeping(made.output), screen.watching() as stages:
+    with processes.together(), keeping(made.output), screen.watching() as stages:
         folder = compress_by(made, stats=stats, verify=verify, stages=stages)
     _report(screen, made.source, folder, made.output)
 
@@ -143,15 +147,16 @@ def calibrate(
 
     Example: smelt calibrate Qwen3-30B-A3B stats --text notes/ --tokens 100000
     """
-    screen = Screen(as_json=as_json, quiet=quiet)
+    screen = Screen.of_the_first(as_json=as_json, quiet=quiet)
     given = {"text": text, "num_tokens": tokens, "seed": seed, "gradients": gradients or None}
     if text and task:
         raise RecipeError("--text and --task: statistics are taken from one of them. Drop one.")
     named = None if task is None else {"name": task}
     recipe = options.text_recipe({**given, "task": named}, settings)
+    from smelt import processes
     from smelt.api import calibrate_by
 
-    with screen.watching() as stages:
+    with processes.together(), screen.watching() as stages:
         found = calibrate_by(
             source,
             stats,

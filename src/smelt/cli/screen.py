@@ -55,6 +55,16 @@ class Screen:
         self.begin = time.perf_counter()
         self._err = Console(stderr=True, highlight=False)
 
+    @classmethod
+    def of_the_first(cls, *, as_json: bool, quiet: bool) -> "Screen":
+        """The screen of the first of several processes; the others say nothing, nor warn."""
+        from smelt import processes
+
+        if processes.is_first():
+            return cls(as_json=as_json, quiet=quiet)
+        warnings.simplefilter("ignore")
+        return cls(quiet=True)
+
     @property
     def seconds(self) -> float:
         """Since the command began."""

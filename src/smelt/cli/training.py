@@ -1,6 +1,5 @@
 """The command that trains a small MoE."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +34,9 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m smelt train RECIPE (docs/scaling-out.md).
     """
-    from smelt.train import processes
+    from smelt import processes
 
-    if processes.is_first():
-        screen = Screen(as_json=as_json, quiet=quiet)
-    else:  # one of them speaks
-        screen = Screen(quiet=True)
-        warnings.simplefilter("ignore")
+    screen = Screen.of_the_first(as_json=as_json, quiet=quiet)
     with processes.together():
         _train(recipe, settings, screen)
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from smelt import processes
 from smelt.checkpoint.bind import MoeLayer, find_layers, input_width
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.observe import watch
@@ -146,7 +147,8 @@ def calibrate(
     """The statistics of every MoE layer, from one walk that ends after the last of them.
 
     Args:
-        batches: the text as inputs (`checkpoint.inputs.make_batches`).
+        batches: the text as inputs (`checkpoint.inputs.make_batches`). Several processes, each
+            given all of them, share them out.
         text: hash of the text, kept with the result.
         sample_tokens: inputs of each layer kept for refits and layer errors, the same tokens for
             every method, drawn by `seed`.
@@ -156,7 +158,7 @@ def calibrate(
     collector = Collector(layers, batches, sample_tokens, seed, input_gram)
     walk = Walk(
         checkpoint,
-        [b.inputs for b in batches],
+        [batches[index].inputs for index in collector.share],
         device=device,
         hidden_on_cpu=hidden_on_cpu,
         read=lambda name: finite(checkpoint.folder, name, checkpoint.read(name)),
@@ -176,7 +178,7 @@ def calibrate(
     for _ in walk.run(visit, until=last_block(layers, order)):
         raise AssertionError("the walk ends before any output")
     num_tokens = sum(int(b.mask.sum()) for b in batches)
-    found = {layer.name: collector.stats[layer.name] for layer in layers}
+    found = collector.of_all_processes([layer.name for layer in layers])
     return RoutingStats(found, checkpoint.fingerprint, text, num_tokens, details or {})
 
 
@@ -201,6 +203,7 @@ class Collector:
         self.sample_tokens = sample_tokens
         self.seed = seed
         self.input_gram = input_gram
+        self.share = processes.share(len(batches))  # of this process, which walks no others
         self.stats: dict[str, LayerStats] = {}
 
     @contextlib.contextmanager
@@ -221,6 +224,16 @@ class Collector:
         for name, accumulator in sums.items():
             self.stats[name] = accumulator.result()
 
+    def of_all_processes(self, names: Sequence[str]) -> dict[str, LayerStats]:
+        """The statistics of these layers over the batches of all processes."""
+        found = {}
+        for name in names:
+            first, *others = processes.everybodys(self.stats.pop(name))
+            for other in others:
+                first = first.merge(other)
+            found[name] = first
+        return found
+
     def _rows(self, layer: MoeLayer, stage: Stage) -> Callable[[], tuple[Tensor | None, Tensor]]:
         """For the batch now running: its real tokens (None: all), and which are sampled."""
         masks = [batch.side(layer.block).flatten() for batch in self.batches]
@@ -231,7 +244,8 @@ class Collector:
         starts = [sum(counts[:i]) for i in range(len(counts))]
 
         def rows() -> tuple[Tensor | None, Tensor]:
-            index = stage.walk.current % len(counts)  # a walk may hold a second stream of them
+            # A walk may hold a second stream of the same batches.
+            index = self.share[stage.walk.current % len(self.share)]
             start, count, mask = starts[index], counts[index], masks[index]
             real = None if count == mask.numel() else torch.where(mask)[0].to(stage.walk.device)
             here = picked[(picked >= start) & (picked < start + count)] - start

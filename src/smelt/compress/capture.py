@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smelt import processes
 from smelt.checkpoint.bind import MoeLayer
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.observe import lift_capacity
@@ -90,7 +91,7 @@ class Capture:
             dtype: of what is kept; None: as the model computes.
         """
         self.dtype = dtype
-        self.num_batches = len(batches)
+        self.share = processes.share(len(batches))  # of this process
         sides = {layer.block: [b.side(layer.block) for b in batches] for layer in layers}
         self.chosen = {name: Chosen.of(m, tokens, held_out) for name, m in sides.items()}
 
@@ -121,15 +122,18 @@ class Capture:
 
     def picked(self, stage: Stage, layer: MoeLayer, value: Tensor) -> Tensor:
         """The chosen tokens of the batch now running."""
-        rows = self.chosen[layer.block].rows[stage.walk.current % self.num_batches]
+        index = self.share[stage.walk.current % len(self.share)]
+        rows = self.chosen[layer.block].rows[index]
         flat = value.reshape(-1, value.shape[-1])
         return flat[rows.to(flat.device)].to(self.dtype or flat.dtype)
 
     def sample(self, layer: MoeLayer, caught: Sequence[tuple[Tensor, Tensor]]) -> LayerSample:
         """What was kept of a layer, as one sample."""
         x, target = (torch.cat(parts) for parts in zip(*caught, strict=True))
-        held_out = self.chosen[layer.block].held_out.to(x.device)
-        return LayerSample(x, target, held_out)
+        chosen = self.chosen[layer.block]
+        first = chosen.starts[self.share.start]
+        held_out = chosen.held_out[first : first + len(x)].to(x.device)
+        return LayerSample(x, target, held_out, first, len(chosen.held_out))
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smelt import processes
 from smelt.checkpoint.factored import is_factored
 from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.sink import check_destination
@@ -77,9 +78,17 @@ def read_inputs(checkpoint: Checkpoint, recipe: CalibrationRecipe) -> tuple[list
         batches, sha256 = task_batches(checkpoint, recipe.task, recipe.batch_size, recipe.seed)
         ids = [tensor for batch in batches for n, tensor in batch.inputs.items() if "ids" in n]
         check_vocabulary(checkpoint, max(int(tensor.max()) for tensor in ids))
-        return batches, sha256
-    blocks = read_text(checkpoint, recipe)
-    return make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed), blocks.sha256
+    else:
+        blocks = read_text(checkpoint, recipe)
+        batches = make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed)
+        sha256 = blocks.sha256
+    if len(batches) < processes.num_processes():
+        raise CalibrationError(
+            f"{len(batches)} batches of calibration cannot be shared out among "
+            f"{processes.num_processes()} processes. Calibrate on more, in smaller batches "
+            "(calibration.batch_size), or start fewer."
+        )
+    return batches, sha256
 
 
 def check_vocabulary(checkpoint: Checkpoint, largest: int) -> None:
@@ -215,7 +224,11 @@ def run_compress(
     if recipe.sequential or (recipe.reconstruct and recipe.reconstruct.inputs == "walk"):
         batches = calibrated.batches or read_inputs(checkpoint, recipe.calibration)[0]
         return write(partial(apply_walking, batches=batches, device=recipe.device))
-    return write(apply)
+    folder = destination
+    if processes.is_first():  # no tokens to share out: one process does it
+        folder = write(apply)
+    processes.wait()
+    return folder
 
 
 def _write(
@@ -256,14 +269,16 @@ def _calibrate_once(
     if needs_gradients(resolve(recipe)):
         calibration = calibration.model_copy(update={"gradients": True})
     wanted = calibration.model_dump(mode="json")
-    if (kept / "stats.json").is_file():
+    if processes.by_the_first((kept / "stats.json").is_file):
         found = RoutingStats.load(kept)
         if found.checkpoint == checkpoint.fingerprint and found.details == wanted:
             return Calibrated(found, [])
     calibrated = run_calibration(
         checkpoint, calibration, device=recipe.device, progress=stages("calibrate")
     )
-    calibrated.stats.save(kept)
+    if processes.is_first():
+        calibrated.stats.save(kept)
+    processes.wait()
     if calibrated.stats.fisher is None:
         return calibrated
     # Read back a layer at a time: the squared gradients are as large as the experts.

@@ -217,7 +217,7 @@ class _Judge:
     def error(self) -> float:
         """On the held-out tokens: Σ w‖y − target‖² / Σ w‖target‖²."""
         total = torch.zeros(1, dtype=torch.float64, device=self.sample.x.device)
-        for rows in self.held.split(_CHUNK):
+        for rows in self.held.split(_CHUNK) if len(self.held) else ():
             total += self._squares(rows).sum(dtype=torch.float64)
         self.reduce([total])
         found = float(total)
@@ -255,7 +255,7 @@ def _descend(
             group["lr"] = recipe.rate * size * warm * (1 + cos(pi * min(1.0, share))) / 2
         rows, count = next(batches)
         optimiser.zero_grad(set_to_none=False)
-        for part in rows.split(_CHUNK):
+        for part in rows.split(_CHUNK) if len(rows) else ():
             judge.loss(part, count).backward()
         grads = [p.grad for p in state.parameters.values() if p.grad is not None]
         judge.reduce(grads)

@@ -50,6 +50,8 @@ class Reconstructor:
             sample: its inputs, and what it gave for them in the model.
         """
         x, wanted = sample.x[:_COMPARED], sample.target[:_COMPARED].float()
+        if not len(x):  # a process without tokens
+            return
         try:
             found = self.original.outputs(layer, x).float()
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:

@@ -66,7 +66,7 @@ class Replacement:
         rows = torch.where(~sample.held_out)[0]
         outputs, choices, gates = [], [], []
         with self._watched() as calls:
-            for part in rows.split(_CHUNK):
+            for part in rows.split(_CHUNK):  # an empty one too: a process may have no tokens
                 outputs.append(self.run(sample.x[part].float()))
                 choice, gate = calls.pop()
                 choices.append(choice)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smelt import processes
 from smelt.checkpoint.bind import MoeLayer
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.place import move_buffers, put, take_out
@@ -68,7 +69,8 @@ def apply_walking(
     if plan.recipe.reconstruct is not None:
         check_runs_alone(facts)
     key = "walking " + run_key(checkpoint, plan)
-    sink = Sink(destination, checkpoint, key=key, num_bytes=plan.predicted.bytes_after)
+    size = plan.predicted.bytes_after
+    sink = processes.in_turn(lambda: Sink(destination, checkpoint, key=key, num_bytes=size))
     with Aligner(workers) as aligner:
         compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
         if not is_decided(plan):
@@ -77,10 +79,14 @@ def apply_walking(
         try:
             layers = run.through()
         except PlanError:  # a family whose layers cannot be fitted
-            sink.abandon()
+            if processes.is_first():
+                sink.abandon()
             raise
     final = compressor.plan.model_copy(update={"layers": layers})
-    return finish(sink, checkpoint, facts, final, len(run.stages), documents or {})
+    if processes.is_first():
+        finish(sink, checkpoint, facts, final, len(run.stages), documents or {})
+    processes.wait()
+    return sink.destination
 
 
 class _Walking:
@@ -105,11 +111,12 @@ class _Walking:
         self.last = last_block(self.facts.anatomy.layers, self.stages)
         target = None if self.recipe is None else self.recipe.target
         self.is_compressed_stream = self.is_sequential or target != "layer"
-        count = len(batches)
+        own = [batches[index] for index in processes.share(len(batches))]
+        count = len(own)
         # Both streams in step: the batches, and the batches again.
         self.original = range(count) if target == "corrected" else range(0)
         self.stream = range(len(self.original), len(self.original) + count)
-        inputs = [b.inputs for b in batches] * (2 if self.original else 1)
+        inputs = [b.inputs for b in own] * (2 if self.original else 1)
         self.walk = Walk(self.checkpoint, inputs, device=device)
         self.twin: PreTrainedModel = skeleton_of(
             self.checkpoint, self.facts, self.plan, self.checkpoint.dtype
@@ -126,7 +133,12 @@ class _Walking:
         if self.recipe is not None:
             self.capture = _capture(self.recipe, self.facts, batches)
             self.reconstructor = Reconstructor(
-                self.checkpoint, self.facts, self.plan, self.recipe, device=self.walk.device
+                self.checkpoint,
+                self.facts,
+                self.plan,
+                self.recipe,
+                device=self.walk.device,
+                reduce=processes.add_up,
             )
 
     def through(self) -> tuple[LayerPlan, ...]:
@@ -142,7 +154,7 @@ class _Walking:
     @contextlib.contextmanager
     def _on_original(self, stage: Stage) -> Iterator[None]:
         """Around a block of the original stream: it runs as it is, then its layers are fitted."""
-        if self.done.read(stage.name) is not None or not (layers := self._fittable(stage)):
+        if self._is_done(stage) or not (layers := self._fittable(stage)):
             yield
             self._write(stage.name, self._recalled(stage) or self._compressed(stage))
             return
@@ -172,7 +184,7 @@ class _Walking:
                 stage.replay(self.stream)
         if self.collector is not None:
             for layer in self._here(stage):
-                found = self.collector.stats.pop(layer.name)
+                found = self.collector.of_all_processes([layer.name])[layer.name]
                 self.layers[layer.name] = self.decide(layer.name, found)
                 self.found[layer.name] = found
         changed = self._compressed(stage)
@@ -235,20 +247,27 @@ class _Walking:
                     layer, self.layers[layer.name], one, samples.pop(layer.name)
                 )
             fitted.append(one)
-        self.done.note(stage.name, [self.layers[layer.name] for layer in self._here(stage)], fitted)
+        if processes.is_first():
+            layers = [self.layers[layer.name] for layer in self._here(stage)]
+            self.done.note(stage.name, layers, fitted)
         return fitted
 
     def _recalled(self, stage: Stage) -> list[Changed] | None:
         """What a killed run had made of this block already."""
-        known = self.done.read(stage.name)
-        if known is None:
+        if not self._is_done(stage):
             return None
+        known = self.done.read(stage.name)
+        assert known is not None
         self.layers.update({layer.name: layer for layer in known.layers})
         return [known.changed]
 
+    def _is_done(self, stage: Stage) -> bool:
+        """Whether a killed run had fitted this block; all processes hear the same."""
+        return processes.by_the_first(lambda: self.done.read(stage.name) is not None)
+
     def _write(self, name: str, changed: list[Changed]) -> None:
         index, count = self.stages.index(name), len(self.stages)
-        if not self.sink.has(index, count):
+        if processes.is_first() and not self.sink.has(index, count):
             tensors = stage_tensors(self.checkpoint, self.facts, self.plan, name, changed)
             self.sink.write(index, count, tensors)
         self.written.add(name)

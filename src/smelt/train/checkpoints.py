@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smelt.train import distributed, processes
+from smelt import processes
+from smelt.train import distributed
 
 
 def save_weights(

@@ -26,10 +26,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+from smelt import processes
 from smelt.errors import RecipeError
 from smelt.samoe.blocks import Attention, DenseMLP
 from smelt.samoe.pool import ExpertPool
-from smelt.train import processes
 
 MOST_PADDING = 1.1  # rows after padding to equal parts, as a multiple of the rows there are
 

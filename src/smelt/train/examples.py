@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smelt import processes
 from smelt.errors import RecipeError
 from smelt.text.recurring import common_tokens, word_starts
 from smelt.text.sources import TextSource
 from smelt.text.spans import Corruption, Mixture, sentinels
-from smelt.train import processes
 from smelt.train.batches import CausalRows, MaskedRows, Masking, Rows, SpanRows
 from smelt.train.data import Example, next_token_examples
 from smelt.train.measure import HeldOut, label_counts

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from smelt import processes
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
 from smelt.compress.calibrate import Progress
 from smelt.errors import RecipeError
 from smelt.recipe import expand_environment
-from smelt.train import processes
 from smelt.train.batches import ExampleRows, Rows
 from smelt.train.cache import cache_folder
 from smelt.train.examples import training_data

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from smelt import processes
 from smelt.errors import RecipeError
-from smelt.train import processes
 
 logger = logging.getLogger(__name__)
 

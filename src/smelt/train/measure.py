@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smelt import processes
 from smelt.checkpoint.bind import find_layers
 from smelt.errors import CheckpointError, RecipeError
 from smelt.text import TokenBlocks
 from smelt.text.spans import IGNORED
-from smelt.train import distributed, losses, reduce
+from smelt.train import distributed, losses
 from smelt.train.data import Example
 
 
@@ -107,8 +108,8 @@ def measure(model: PreTrainedModel, held_out: Sequence[HeldOut], batch_size: int
     counts: list[Tensor] = []
     for one in held_out:
         total = number = 0.0
-        for at in range(0, len(one.examples), batch_size * reduce.num_processes()):
-            begin = at + batch_size * reduce.rank()
+        for at in range(0, len(one.examples), batch_size * processes.num_processes()):
+            begin = at + batch_size * processes.rank()
             rows = one.examples[begin : begin + batch_size]
             is_idle = not rows  # it takes part in gathering the weights all the same
             rows = rows or one.examples[:1]
@@ -123,9 +124,9 @@ def measure(model: PreTrainedModel, held_out: Sequence[HeldOut], batch_size: int
                 total += float(losses.token_loss(outputs.logits, outputs.target, 1))
             counts = [a + b for a, b in zip(counts, new, strict=True)] if counts else new
         whole = torch.tensor([total, number], dtype=torch.float64, device=device)
-        total, number = reduce.total([whole])[0].tolist()
+        total, number = processes.total([whole])[0].tolist()
         nats[one.name], num_predicted[one.name] = total / number, int(number)
-    return Measured(nats, num_predicted, [layer.cpu() for layer in reduce.total(counts)])
+    return Measured(nats, num_predicted, [layer.cpu() for layer in processes.total(counts)])
 
 
 def report(

@@ -13,8 +13,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from smelt import processes
 from smelt.checkpoint.device import denormals_as_zero
-from smelt.train import distributed, reduce
+from smelt.train import distributed
 from smelt.train.batches import Rows
 from smelt.train.log import Log
 from smelt.train.measure import HeldOut
@@ -70,7 +71,7 @@ def arguments(recipe: TrainRecipe, folder: Path) -> TrainingArguments:
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size
-        // (recipe.accumulate * reduce.num_processes()),
+        // (recipe.accumulate * processes.num_processes()),
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",

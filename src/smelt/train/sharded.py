@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from smelt.train import distributed, processes
+from smelt import processes
+from smelt.train import distributed
 from smelt.train.step import RunTrainer
 
 OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # where the Trainer looks

@@ -17,8 +17,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from smelt import processes
 from smelt.text.spans import IGNORED
-from smelt.train import distributed, losses, reduce
+from smelt.train import distributed, losses
 from smelt.train.batches import Order, Rows
 from smelt.train.data import Example
 from smelt.train.faults import DivergedError, first_fault
@@ -76,7 +77,7 @@ class RunTrainer(Trainer):
         self.flops = training_flops_per_token(model.config, recipe)
         self.peak = peak_flops(recipe, arguments.device)
         if self.peak is not None:
-            self.peak *= reduce.num_processes()
+            self.peak *= processes.num_processes()
 
     # --- what the Trainer asks for ---------------------------------------------------------------
 
@@ -88,8 +89,8 @@ class RunTrainer(Trainer):
             batch_size=self.recipe.batch_size,
             parts=self.recipe.accumulate,
             seed=self.recipe.seed,
-            rank=reduce.rank(),
-            num_processes=reduce.num_processes(),
+            rank=processes.rank(),
+            num_processes=processes.num_processes(),
             lengths=self.rows.lengths,
         )
         rows: Any = self.rows  # torch asks `__getitems__` for whole batches where there is one
@@ -121,7 +122,7 @@ class RunTrainer(Trainer):
             int((predicted(batch, is_causal=self.predicts_next) != IGNORED).sum())
             for batch in batches
         )
-        (num_predicted,) = reduce.total([torch.tensor(known, device=device)])
+        (num_predicted,) = processes.total([torch.tensor(known, device=device)])
         self.step = Step(batches, num_predicted)
         drawn = time.perf_counter()
         if len(batches) > 1 and self.recipe.router_aux_loss:
@@ -147,7 +148,7 @@ class RunTrainer(Trainer):
                     outputs = forward(self.net, self._prepare_inputs(batch))
                 new = [p.counts for p in losses.routed(outputs.router_logits, self.num_choices)]
                 counts = [a + b for a, b in zip(counts, new, strict=True)] if counts else new
-        return reduce.total(counts)
+        return processes.total(counts)
 
     def _autocast(self) -> torch.autocast:
         is_low = self.recipe.precision == "bfloat16"
@@ -177,7 +178,7 @@ class RunTrainer(Trainer):
         """Make the losses of this step, until now of this process's tokens, those of the whole."""
         parts, totals = self.recipe.accumulate, self.totals
         for values in (totals.nats, totals.balance):
-            values[-parts:] = reduce.total([torch.stack(values[-parts:])])[0].unbind()
+            values[-parts:] = processes.total([torch.stack(values[-parts:])])[0].unbind()
 
     def _stop(self) -> None:
         assert self.step is not None
@@ -186,7 +187,7 @@ class RunTrainer(Trainer):
         if math.isfinite(self.last_nats):
             what = f"the norm of the gradient is {totals.gradient_norm}"
         where = ""
-        if reduce.num_processes() == 1:  # the step is run again, in which others took part
+        if processes.num_processes() == 1:  # the step is run again, in which others took part
             where = ", first seen " + first_fault(
                 self.net,
                 self.step.batches,
@@ -216,7 +217,7 @@ class RunTrainer(Trainer):
         if outputs.router_logits:
             with_z = bool(recipe.router_z_loss)
             parts = losses.routed(outputs.router_logits, self.num_choices, with_z=with_z)
-            counts = self.step.counts or reduce.total([part.counts for part in parts])
+            counts = self.step.counts or processes.total([part.counts for part in parts])
             balances = torch.stack(
                 [
                     losses.layer_balance(part, whole, self.num_choices)
@@ -240,7 +241,7 @@ class RunTrainer(Trainer):
         totals.nats.append(nats.detach())
         totals.balance.append(balance.detach())
         # The gradients of processes are averaged; the parts of a step are summed.
-        return loss * reduce.num_processes()
+        return loss * processes.num_processes()
 
     def loss_of(self, outputs: Outputs, num_predicted: Tensor) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of what is learnt, without the balance; of it, the nats."""

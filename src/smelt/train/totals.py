@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from smelt.train import distributed, losses, reduce
+from smelt import processes
+from smelt.train import distributed, losses
 from smelt.train.measure import is_samoe
 
 
@@ -32,10 +33,10 @@ def details(totals: Totals, model: PreTrainedModel) -> dict[str, Any]:
         values["routing_entropy"] = [
             round(losses.routing_entropy(layer), 4) for layer in totals.counts
         ]
-        (balances,) = reduce.total([totals.balances])
+        (balances,) = processes.total([totals.balances])
         values["load_balance"] = [round(value, 4) for value in balances.tolist()]
     if totals.dropped is not None:
-        dropped = reduce.total([totals.dropped])[0] / reduce.num_processes()
+        dropped = processes.total([totals.dropped])[0] / processes.num_processes()
         values["dropped"] = [round(value, 5) for value in dropped.tolist()]
     if is_samoe(model):
         for name in ("alpha", "beta"):

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from smelt import processes
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import RecipeError
 from smelt.recipe import expand_environment
-from smelt.train import distributed, processes
+from smelt.train import distributed
 from smelt.train.build import build_model
 from smelt.train.checkpoints import write
 from smelt.train.examples import training_data

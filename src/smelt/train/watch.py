@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from smelt import processes
 from smelt.checkpoint.device import give_memory_back
-from smelt.train import processes
 from smelt.train.checkpoints import save_weights
 from smelt.train.measure import HeldOut, measure
 from smelt.train.resume import STATE, step_of

@@ -1,15 +1,16 @@
-"""The processes that torchrun starts: how they meet, take turns, and end together."""
+"""The processes that torchrun starts: how they meet, add up, take turns, and end together."""
 
 import atexit
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -149,3 +150,61 @@ def by_the_first(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     value: T = values[0]
     return value
+
+
+def num_processes() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def total(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor summed over all processes, without gradient; one message for all of them.
+
+    Every process calls it with tensors of the same shapes. Whole numbers below 2^53 stay exact.
+    """
+    if num_processes() == 1 or not tensors:
+        return [tensor.detach() for tensor in tensors]
+    flat = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [
+        part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Sum each tensor over all processes, in place and in its own type; one message for a type."""
+    if num_processes() == 1:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        these = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.flatten() for t in these])
+        dist.all_reduce(flat)
+        for t, part in zip(these, flat.split([t.numel() for t in these]), strict=True):
+            t.copy_(part.view_as(t))
+
+
+def everybodys(value: T) -> list[T]:
+    """The value of each process, in order of rank."""
+    if num_processes() == 1:
+        return [value]
+    values: list[Any] = [None] * num_processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def share(count: int) -> range:
+    """Which of so many things this process has: a run of them, in order of rank."""
+    edges = [count * i // num_processes() for i in range(num_processes() + 1)]
+    return range(edges[rank()], edges[rank() + 1])
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if dist.is_initialized():
+        dist.barrier(group=_Met.waiting)
