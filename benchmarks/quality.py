@@ -186,7 +186,7 @@ def compressed(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         shared = {"stats": calibrated.stats, "facts": facts}
-        if plan.recipe.sequential:
+        if plan.method.sequential:
             apply_walking(checkpoint, plan, out, batches=calibrated.batches, **shared)
         else:
             apply(checkpoint, plan, out, **shared)

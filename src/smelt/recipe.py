@@ -272,10 +272,11 @@ class CompressRecipe(Settings):
     score: str | None = None
     similarity: str | None = None
     budget: Literal["uniform", "global"] | None = None
-    align: Literal["weights", "activations", "none"] | None = None
+    grouping: str | None = None  # nearest, centroids, hierarchical, k-means
+    align: Literal["weights", "activations", "both", "none"] | None = None
     reference: Literal["dominant", "first", "others"] | None = None
     weights: str | None = None
-    rule: str | None = None  # sum, fisher, regmean, zipit
+    rule: str | None = None  # sum, fisher, regmean, zipit, least-squares, subspace
     repair: bool | None = None
     router: str | None = None
     experts: int | None = Field(default=None, ge=1)  # kept per layer, on average
@@ -284,7 +285,7 @@ class CompressRecipe(Settings):
     protect: dict[str, tuple[int, ...]] | tuple[int, ...] = ()  # ids by layer, or in every layer
     min_per_layer: int = Field(default=2, ge=1)
     strict: bool = False
-    sequential: bool = False
+    sequential: bool | None = None
     decompose: DecomposeRecipe | None = None  # the mapped form only
     hidden_units: int | None = Field(default=None, ge=1)  # F kept in every expert; stock form only
     reconstruct: ReconstructRecipe | None = None  # true: with its defaults

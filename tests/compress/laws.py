@@ -68,7 +68,7 @@ class Ground:
     def compress(self, out: Path, **settings: Any) -> Path:
         plan = self.plan(out, **settings)
         fits = plan.recipe.reconstruct
-        if plan.recipe.sequential or (fits is not None and fits.inputs == "walk"):
+        if plan.method.sequential or (fits is not None and fits.inputs == "walk"):
             return apply_walking(
                 self.checkpoint, plan, out, batches=batches(2), stats=self.stats, facts=self.facts
             )

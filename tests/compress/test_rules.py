@@ -11,15 +11,17 @@ from reference.merging import fisher_mean, pairs_fit, regmean_matrix, zipped
 from reference.samples import KINDS, outputs, random_bank, random_stats, repeated, shuffles
 from smelt.compress import zipit as zipit_module
 from smelt.compress.align import Aligner
+from smelt.compress.least_squares import least_squares
 from smelt.compress.members import Group, groups_of, weighted_sum
 from smelt.compress.merge import MERGES
 from smelt.compress.rebasin import merge_many
 from smelt.compress.regmean import regmean
 from smelt.compress.repair import repair
 from smelt.compress.rules import RULES, merge_by
+from smelt.compress.subspace import subspace
 from smelt.compress.zipit import zipit
 from smelt.errors import PlanError
-from smelt.experts import ExpertBank, hidden, permute_hidden
+from smelt.experts import ExpertBank, apply, hidden, permute_hidden
 from smelt.routing import LayerStats
 
 LABELS = torch.tensor([0, 1, 0, -1, 1, 0, 2, 1])
@@ -410,3 +412,61 @@ def test_an_expert_of_weight_zero_adds_nothing_to_an_expert_it_is_zipped_with() 
     labels, weights = torch.tensor([0, 0]), torch.tensor([1.0, 0.0])
     merged = merge_by(bank, labels, weights, rule="zipit", stats=random_stats(E=2))
     close(merged, bank.map(lambda t: t[:1]), atol=1e-5, rtol=1e-5)
+
+
+# --- the rules of later work ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_least_squares_brings_the_group_s_output_nearer_than_the_plain_merge(kind: str) -> None:
+    group = group_of(kind)
+    wanted = group_output(group, group.bank)
+    errors = [
+        float((group_output(group, bank) - wanted).square().sum())
+        for bank in (weighted_sum(group), least_squares(group))
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_least_squares_is_the_ridge_solution_written_out(kind: str) -> None:
+    """As one overdetermined system: the tokens, and λ times the change of each entry."""
+    group = group_of(kind)
+    mean, found = weighted_sum(group), least_squares(group)
+    total = group.gate.sum(1, keepdim=True).double()
+    rows = total * hidden(mean, 0, group.x).double()
+    left = (group_output(group, group.bank) - group_output(group, mean)).double()
+    ridge = 1e-3 * float((rows.T @ rows).diagonal().mean())
+    padded = torch.cat([rows, ridge**0.5 * torch.eye(rows.shape[1], dtype=torch.float64)])
+    wanted = torch.cat([left, torch.zeros(rows.shape[1], left.shape[1], dtype=torch.float64)])
+    change = torch.linalg.lstsq(padded, wanted).solution.T
+    torch.testing.assert_close(
+        found.down[0].double(), mean.down[0].double() + change, atol=1e-4, rtol=1e-3
+    )
+    for name, tensor in found.tensors().items():
+        if name != "down":
+            assert torch.equal(tensor, mean.tensors()[name])
+
+
+def group_output(group: Group, bank: ExpertBank) -> torch.Tensor:
+    """Σ_m g_m f_m(x) for members; ĝ f(x) for what stands for them."""
+    if bank.num_experts == 1:
+        return group.gate.sum(1, keepdim=True) * apply(bank, 0, group.x)
+    parts = [group.gate[:, m, None] * apply(bank, m, group.x) for m in range(bank.num_experts)]
+    return torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("F", "D"), [(12, 4), (4, 12), (6, 6)])
+def test_subspace_projects_the_weighted_sum_on_what_the_members_share(kind, F, D) -> None:
+    group = group_of(kind, F=F, D=D)
+    mean, found = weighted_sum(group), subspace(group)
+    for name, stack in group.bank.tensors().items():
+        expected = mean.tensors()[name][0].double()
+        if stack.dim() == 3:
+            left = torch.linalg.svd(torch.cat(list(stack), 1).double(), full_matrices=False).U
+            shared = left[:, : min(stack.shape[1:])]
+            expected = shared @ (shared.T @ expected)
+        torch.testing.assert_close(
+            found.tensors()[name][0].double(), expected, atol=1e-4, rtol=1e-4
+        )

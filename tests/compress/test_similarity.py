@@ -14,7 +14,7 @@ def evidence_of(seed: int = 0, **changes: object) -> Evidence:
     stats = replace(random_stats(), **changes)
     return Evidence(
         stats=stats,
-        bank=lambda: random_bank("biased", E=8),
+        bank=lambda: random_bank("biased", E=8, D=6),
         router_weight=torch.randn(8, 6),
         seed=seed,
     )

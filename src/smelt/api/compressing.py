@@ -155,7 +155,7 @@ def apply(
             router; always good for the model card.
     """
     found = plan if isinstance(plan, Plan) else Plan.load(plan)
-    if found.recipe.sequential:
+    if found.method.sequential:
         raise PlanError(
             "The plan is sequential: its groups are decided while the model is walked. Carry it "
             "out with `smelt compress` and the same settings, or plan without sequential."

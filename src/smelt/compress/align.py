@@ -67,6 +67,41 @@ def activation_cost(stats: LayerStats) -> Cost:
     return cost
 
 
+def joint_cost(stats: LayerStats) -> Cost:
+    """The cosines of two units' weights, and the correlation of what they do: the sum of both.
+
+    Source: REAM, arXiv:2604.04356, which aligns on weights and activations; putting both on the
+    scale of a cosine is ours.
+    """
+    by_activation = activation_cost(stats)
+
+    def cost(bank: ExpertBank, reference: int, expert: int) -> Float[Tensor, "F F"]:
+        weights = weight_cost(bank, reference, expert)
+        norms = [_unit_norms(bank, e) for e in (reference, expert)]
+        scale = norms[0][:, None] * norms[1]
+        cosine = torch.where(scale > 0, weights / scale, 0.0)
+        return cosine + by_activation(bank, reference, expert)
+
+    return cost
+
+
+def _unit_norms(bank: ExpertBank, expert: int) -> Float[Tensor, " F"]:
+    """The norm of each hidden unit's weights, as `weight_cost` compares them."""
+    own = {name: t[expert].float() for name, t in bank.tensors().items() if name != "down_bias"}
+    parts = [
+        own[n].square().sum(0 if n == "down" else -1) if own[n].dim() == 2 else own[n].square()
+        for n in own
+    ]
+    return torch.stack(parts).sum(0).sqrt()
+
+
+BY_ACTIVATIONS: dict[str, Callable[[LayerStats], Cost]] = {
+    "activations": activation_cost,
+    "both": joint_cost,
+}
+"""Alignments that read the input sample."""
+
+
 class Aligner:
     """Finds hidden-unit orders, several at a time; one pool for all layers. A context manager.
 

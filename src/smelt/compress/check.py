@@ -4,7 +4,9 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from math import floor
 
+from smelt.compress.align import BY_ACTIVATIONS
 from smelt.compress.budget import SCORES, RouterGroups, check_count
+from smelt.compress.grouping import GROUPINGS
 from smelt.compress.merge import MERGES
 from smelt.compress.methods import Method, resolve
 from smelt.compress.plan import LayerFacts
@@ -17,7 +19,7 @@ from smelt.plugins import find
 from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
 
-MERGE_ONLY = ("similarity", "align", "reference", "weights", "rule", "repair")
+MERGE_ONLY = ("similarity", "grouping", "align", "reference", "weights", "rule", "repair")
 """Coordinates that say nothing to a method that drops experts."""
 
 
@@ -31,7 +33,7 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
     protected_experts(facts, recipe)
     if len(excluded) == len(facts):
         raise PlanError("every MoE layer is excluded: there is nothing to compress.")
-    _check_rule(recipe, method)
+    _check_rule(method)
     skipped = [name for name in MERGE_ONLY if getattr(recipe, name) is not None]
     if method.operator == "drop" and skipped:
         warnings.warn(
@@ -61,12 +63,13 @@ def _check_reconstruct(recipe: CompressRecipe) -> None:
             "the expanded form repeats each merged expert in all its places, and a fit would make "
             "them different experts. Reconstruct the mapped form: it is the same function."
         )
-    if recipe.sequential and target == "layer":
+    is_sequential = resolve(recipe).sequential
+    if is_sequential and target == "layer":
         raise PlanError(
             "sequential decides layers on the compressed stream, reconstruct.target = layer fits "
             "them on the original one. Set reconstruct.target: sequential or corrected."
         )
-    if inputs == "sample" and (target != "layer" or recipe.sequential):
+    if inputs == "sample" and (target != "layer" or is_sequential):
         raise PlanError(
             "the inputs that the statistics keep are of the original stream: with "
             "reconstruct.inputs = sample, set reconstruct.target: layer, and not sequential."
@@ -78,6 +81,7 @@ def _check_names(method: Method) -> None:
     find(SCORES, method.score, "score")
     find(MERGES, method.weights, "weights")
     find(RULES, method.rule, "rule")
+    find(GROUPINGS, method.grouping, "grouping")
     routers: dict[str, object] = {**ROUTERS, **REFITS}
     find(routers, method.router, "router")
     find_similarity(method.similarity)
@@ -141,7 +145,7 @@ def _check_decompose(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> Non
             f"decomposed experts are of the mapped form, not of {recipe.form}: no ordinary "
             "checkpoint holds factors. Set form: mapped; hidden_units shrinks the stock form."
         )
-    if recipe.sequential:
+    if resolve(recipe).sequential:
         raise PlanError("sequential decides as it walks, decompose over all layers. Drop one.")
     size, keep = recipe.decompose.size, recipe.decompose.keep
     if size is not None and size <= keep:
@@ -160,11 +164,11 @@ def _check_decompose(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> Non
             )
 
 
-def _check_rule(recipe: CompressRecipe, method: Method) -> None:
+def _check_rule(method: Method) -> None:
     """The ways to make one expert of a group fit each other."""
     if method.operator != "merge":
         return
-    if method.reference == "others" and method.align == "activations":
+    if method.reference == "others" and method.align in BY_ACTIVATIONS:
         raise PlanError(
             "reference others is weight matching: the mean of several experts has no activations "
             "of its own. Set align: weights, or reference: dominant."
@@ -179,7 +183,7 @@ def _check_rule(recipe: CompressRecipe, method: Method) -> None:
             "repair compares hidden units of the merged expert with those of its members, which "
             "only aligned members have in common. Set align: weights or activations."
         )
-    if recipe.sequential and "gradient" in method.similarity.split("*"):
+    if method.sequential and "gradient" in _parts(method.similarity):
         raise PlanError(
             "a sequential compression takes its groups from a walk of the compressed model, which "
             "has no backward pass: similarity gradient is for one-shot plans. Leave sequential out."
@@ -190,8 +194,12 @@ def needs_gradients(method: Method) -> bool:
     """Whether planning or carrying the method out reads gradients."""
     if method.operator != "merge":
         return False
-    parts = [part.strip() for part in method.similarity.split("*")]
-    return method.rule in NEEDS_GRADIENTS or "gradient" in parts
+    return method.rule in NEEDS_GRADIENTS or "gradient" in _parts(method.similarity)
+
+
+def _parts(similarity: str) -> list[str]:
+    """The similarities that a product or a mean is made of."""
+    return [part.strip() for part in similarity.replace("+", "*").split("*")]
 
 
 def check_gradients(

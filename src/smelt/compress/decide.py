@@ -1,7 +1,7 @@
 """From statistics and a recipe to a plan: every choice that compression makes, none of its work."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from smelt.compress.check import (
     router_groups_of,
     uniform_count,
 )
-from smelt.compress.group import drop_others, join_most_similar
+from smelt.compress.group import drop_others
+from smelt.compress.grouping import GROUPINGS, Candidates
 from smelt.compress.merge import MERGES
 from smelt.compress.methods import Method, resolve
 from smelt.compress.plan import LayerFacts, LayerPlan, Plan
@@ -134,11 +135,12 @@ def _decision(
         labels = drop_others(kept, len(score))
         likeness = (labels >= 0).double()
     else:
-        similarity = find_similarity(method.similarity)(evidence)
-        labels = join_most_similar(
-            similarity, kept, protected=protected, router_groups=router_groups
+        similarity = cache(partial(find_similarity(method.similarity), evidence))
+        candidates = Candidates(
+            kept, score, similarity, evidence.stats.mean_output, protected, router_groups
         )
-        likeness = similarity[torch.arange(len(labels)), kept[labels]]
+        labels, kept = find(GROUPINGS, method.grouping, "grouping")(candidates)
+        likeness = similarity()[torch.arange(len(labels)), kept[labels]]
     weights = find(MERGES, method.weights, "weights")(labels, score)
     return {
         "dominants": tuple(kept.tolist()),

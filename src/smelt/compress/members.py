@@ -22,6 +22,7 @@ class Group:
     weights: Float[Tensor, " M"]  # sum to 1
     x: Float[Tensor, "T D"]  # float32, in the order of the sample
     is_routed: Bool[Tensor, "T M"]  # whether the token chose that very member
+    gate: Float[Tensor, "T M"]  # with what weight; 0 where it did not
     fisher: Mapping[str, Tensor] | None = None  # as the bank's tensors; None: not at hand
 
     def tokens(self, member: int) -> Float[Tensor, "T2 D"]:
@@ -70,11 +71,11 @@ def groups_of(
         ids = torch.tensor(members)
         own = None if order is None else order[ids]
         found = _ordered(select(bank, ids).map(Tensor.float), own)
-        x, is_routed = _tokens(stats, ids, found)
+        x, is_routed, gate = _tokens(stats, ids, found)
         about = None
         if fisher is not None:
             about = {n: _reordered(n, fisher[n][ids.to(fisher[n].device)], own) for n in fisher}
-        yield members, Group(found, weights[ids], x, is_routed, about)
+        yield members, Group(found, weights[ids], x, is_routed, gate, about)
 
 
 def members_of(labels: Int[Tensor, " E"]) -> list[list[int]]:
@@ -89,17 +90,20 @@ def members_of(labels: Int[Tensor, " E"]) -> list[list[int]]:
 
 def _tokens(
     stats: LayerStats | None, ids: Int[Tensor, " M"], bank: ExpertBank
-) -> tuple[Tensor, Tensor]:
-    """The sampled tokens that chose a member, and which of the members each chose.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sampled tokens that chose a member, which of the members each chose, and its weight.
 
     A choice of weight 0 is none: so a router says that it wants no expert.
     """
     if stats is None:
-        return bank.up.new_zeros(0, bank.model_size), torch.zeros(0, len(ids), dtype=torch.bool)
+        none = torch.zeros(0, len(ids))
+        return bank.up.new_zeros(0, bank.model_size), none.bool(), none
     choice = stats.sample_choice.masked_fill(stats.sample_weight == 0, -1)
-    is_routed = (choice[:, :, None] == ids).any(1)
+    chosen = choice[:, :, None] == ids
+    gate = (chosen * stats.sample_weight[:, :, None].float()).sum(1)
+    is_routed = chosen.any(1)
     is_here = is_routed.any(1)
-    return stats.input_sample[is_here].to(bank.up), is_routed[is_here]
+    return stats.input_sample[is_here].to(bank.up), is_routed[is_here], gate[is_here]
 
 
 def _ordered(bank: ExpertBank, order: Int[Tensor, "M F"] | None) -> ExpertBank:

@@ -14,13 +14,15 @@ class Method:
     operator: str  # "merge", or "drop": only the dominant experts stay
     score: str  # who is dominant; also what "usage" weights are proportional to
     similarity: str = "router-logits"  # who joins whom
+    grouping: str = "nearest"  # by which rule: a row of GROUPINGS
     budget: str = "uniform"  # "uniform": as many in every layer; "global": one for the model
-    align: str = "weights"  # "weights", "activations" or "none"
+    align: str = "weights"  # "weights", "activations", "both" or "none"
     reference: str = "dominant"  # whom members are aligned to: "dominant", "first" or "others"
     weights: str = "usage"
     rule: str = "sum"  # how aligned, weighted members become one: a row of RULES
     repair: bool = False  # renormalise the merged hidden units' statistics
     router: str = "dominant"  # the router rows of a stock checkpoint
+    sequential: bool = False  # layers are decided on the stream of the compressed ones
 
 
 def _m_smoe(**changes: Any) -> Method:
@@ -43,6 +45,22 @@ METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:25
     "git-rebasin": _m_smoe(reference="others", weights="mean"),  # arXiv:2209.04836
     "fisher": _m_smoe(weights="mean", rule="fisher"),  # arXiv:2111.09832
     "regmean": _m_smoe(rule="regmean"),  # arXiv:2212.09849
+    # Later work, each with the budget and the groups of its own.
+    "hc-smoe": Method(  # arXiv:2410.08589
+        operator="merge", score="count", grouping="hierarchical", align="none"
+    ),
+    "ream": Method(  # arXiv:2604.04356
+        operator="merge",
+        score="mean-saliency",
+        similarity="gated-output+router-logits",
+        grouping="centroids",
+        align="both",
+        sequential=True,
+    ),
+    "merge-moe": _m_smoe(rule="least-squares"),  # arXiv:2510.14436
+    "sub-moe": Method(  # arXiv:2506.23266
+        operator="merge", score="count", grouping="k-means", align="none", rule="subspace"
+    ),
 }
 
 

@@ -221,7 +221,7 @@ def run_compress(
     stats = calibrated.stats
     plan = run_plan(checkpoint, stats, recipe, facts)
     write = partial(_write, checkpoint, plan, destination, stats, facts, recipe, stages)
-    if recipe.sequential or (recipe.reconstruct and recipe.reconstruct.inputs == "walk"):
+    if plan.method.sequential or (recipe.reconstruct and recipe.reconstruct.inputs == "walk"):
         batches = calibrated.batches or read_inputs(checkpoint, recipe.calibration)[0]
         return write(partial(apply_walking, batches=batches, device=recipe.device))
     folder = destination

@@ -6,10 +6,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smelt.compress.fisher import fisher_merge
+from smelt.compress.least_squares import least_squares
 from smelt.compress.members import Rule, groups_of, weighted_sum
 from smelt.compress.merge import merge_groups
 from smelt.compress.regmean import regmean
 from smelt.compress.repair import repair
+from smelt.compress.subspace import subspace
 from smelt.compress.zipit import zipit
 from smelt.experts import ExpertBank
 from smelt.plugins import find
@@ -20,6 +22,8 @@ RULES: dict[str, Rule] = {
     "fisher": fisher_merge,
     "regmean": regmean,
     "zipit": zipit,
+    "least-squares": least_squares,
+    "subspace": subspace,
 }
 """From members, aligned and weighted, to one expert."""
 
@@ -71,4 +75,4 @@ def merge_by(
 
 def needs_tokens(rule: str, *, repaired: bool) -> bool:
     """Whether carrying out the rule reads the input sample; outside code is taken to do so."""
-    return repaired or rule not in ("sum", "fisher")
+    return repaired or rule not in ("sum", "fisher", "subspace")

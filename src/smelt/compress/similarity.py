@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smelt.errors import PlanError
-from smelt.experts import ExpertBank
+from smelt.experts import ExpertBank, apply
 from smelt.plugins import find
 from smelt.routing import LayerStats
 
@@ -32,6 +32,10 @@ Similarity = Callable[[Evidence], Float[Tensor, "E E"]]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Largest float32 slice of the weights that `expert_weight` holds at once (64 MB)."""
+
+
+_RUN_ON = 512
+"""Tokens that `gated_output` runs every expert on."""
 
 
 def cosine(gram: Float[Tensor, "E E"]) -> Float[Tensor, "E E"]:
@@ -128,6 +132,34 @@ def gradient(evidence: Evidence) -> Float[Tensor, "E E"]:
     return cosine(gram)
 
 
+def gated_output(evidence: Evidence) -> Float[Tensor, "E E"]:
+    """Cosine of two experts' outputs times their gates, all sampled tokens laid end to end.
+
+    Every expert runs on up to 512 tokens of the sample, chosen or not; its gate is its share of the
+    softmax over all experts. A token counts as far as both experts would be heard for it.
+
+    Source: REAM, arXiv:2604.04356. Differs in the sample, and in the softmax for routers that score
+    by a sigmoid.
+    """
+    if evidence.bank is None:
+        raise PlanError(
+            "similarity gated-output runs the experts, whose weights are not at hand here. Plan "
+            "with the checkpoint, or choose expert-feature."
+        )
+    stats, bank = evidence.stats, evidence.bank()
+    x = stats.input_sample[:_RUN_ON].to(bank.up)
+    gate = stats.sample_logits[:_RUN_ON].float().softmax(1)
+    outputs = [
+        (gate[:, e, None] * apply(bank, e, x).float().cpu()).flatten()
+        for e in range(bank.num_experts)
+    ]
+    gram = torch.zeros(len(outputs), len(outputs), dtype=torch.float64)
+    stacked = torch.stack(outputs)
+    for part in stacked.split(max(1, _CHUNK_ELEMENTS // len(outputs)), dim=1):
+        gram += (part @ part.T).double()
+    return cosine(gram)
+
+
 SIMILARITIES: dict[str, Similarity] = {
     "router-logits": router_logits,
     "router-logits-centered": router_logits_centered,
@@ -136,6 +168,7 @@ SIMILARITIES: dict[str, Similarity] = {
     "expert-feature": expert_feature,
     "router-weight": router_weight,
     "gradient": gradient,
+    "gated-output": gated_output,
 }
 
 
@@ -149,8 +182,15 @@ def product(parts: list[Similarity], evidence: Evidence) -> Float[Tensor, "E E"]
     return 2 * unit.prod(0) - 1
 
 
+def mean(parts: list[Similarity], evidence: Evidence) -> Float[Tensor, "E E"]:
+    """The mean of similarities."""
+    return torch.stack([part(evidence) for part in parts]).mean(0)
+
+
 def find_similarity(name: str) -> Similarity:
-    """The similarity of that name; `"a*b"` is the product of two (or more)."""
+    """The similarity of that name; `"a*b"` is the product of two (or more), `"a+b"` their mean."""
+    if "+" in name:
+        return partial(mean, [find_similarity(part) for part in name.split("+")])
     parts = [find(SIMILARITIES, part.strip(), "similarity") for part in name.split("*")]
     return parts[0] if len(parts) == 1 else partial(product, parts)
 

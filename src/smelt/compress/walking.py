@@ -105,7 +105,7 @@ class _Walking:
         self.checkpoint, self.facts = compressor.checkpoint, compressor.facts
         self.plan, self.stats, self.sink = compressor.plan, stats, sink
         self.recipe = self.plan.recipe.reconstruct
-        self.is_sequential = self.plan.recipe.sequential
+        self.is_sequential = self.plan.method.sequential
         self.progress = progress
         self.stages = stage_names(self.checkpoint)
         self.last = last_block(self.facts.anatomy.layers, self.stages)
