@@ -263,15 +263,19 @@ def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
     """f(e, x): what expert e of a module with weights makes of tokens x, before routing weights."""
     m: Any = module
     stored = m.expert_map.tolist() if hasattr(m, "expert_map") else range(m.num_experts)
+
+    def beyond(e: int, x: Tensor) -> Tensor:
+        """What a slot without an expert gives: nothing, or its constant."""
+        row = stored[e] - m.num_experts - 1
+        return torch.zeros_like(x) if row < 0 else m.constants[row].expand_as(x).to(x.dtype)
+
     if is_factored(module):
         return lambda e, x: (
-            expert_output(module, stored[e], x)
-            if stored[e] < m.num_experts
-            else torch.zeros_like(x)
+            expert_output(module, stored[e], x) if stored[e] < m.num_experts else beyond(e, x)
         )
     if is_module_dict(module):
         return lambda e, x: (
-            m[f"expert_{stored[e]}"](x) if stored[e] < len(m) else torch.zeros_like(x)
+            m[f"expert_{stored[e]}"](x) if stored[e] < m.num_experts else beyond(e, x)
         )
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None, e: int) -> Tensor:
@@ -280,8 +284,8 @@ def expert_function(module: nn.Module) -> Callable[[int, Tensor], Tensor]:
 
     def run(expert: int, x: Tensor) -> Tensor:
         e = stored[expert]
-        if e >= m.num_experts:  # a dropped expert
-            return torch.zeros_like(x)
+        if e >= m.num_experts:
+            return beyond(expert, x)
         if m.has_gate:
             bias = m.gate_up_proj_bias if m.has_bias else None
             h = m._apply_gate(project(x, m.gate_up_proj, bias, e))

@@ -107,7 +107,9 @@ def _idle_params(checkpoint: Checkpoint, anatomy: Anatomy) -> int:
     """Parameters of the experts that a token does not choose."""
     idle = 0
     for layer in anatomy.layers:
-        stored = [n for n in anatomy.experts[layer.name] if not n.endswith(".expert_map")]
+        stored = [
+            n for n in anatomy.experts[layer.name] if not n.endswith((".expert_map", ".constants"))
+        ]
         used = min(layer.top_k, layer.num_stored)
         share = num_params(checkpoint, stored) // layer.num_stored
         idle += share * (layer.num_stored - used)

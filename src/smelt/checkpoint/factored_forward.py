@@ -34,7 +34,7 @@ def fold(
     The first of several choices that share a stored expert carries the sum of their weights, the
     others get id `num_stored` and weight 0, which experts implementations skip.
     """
-    stored = expert_map.long()[choice]
+    stored = expert_map.long()[choice].clamp(max=num_stored)  # above: a constant, added by itself
     weight = weight.masked_fill(stored == num_stored, 0)  # a dropped expert is an empty slot
     if choice.shape[-1] == 1:
         return stored, weight

@@ -6,8 +6,9 @@ trust_remote_code=True)` works without smelt; with smelt installed, `import smel
 
 A mapped layer stores G experts and `expert_map[E]`. A token that chose expert e is served by stored
 expert `expert_map[e]`; two choices of one token that fall together run once, with their weights
-summed. Its experts' matrices may be factored too: see `factored.py`. Licensed under Apache-2.0, as
-smelt is.
+summed. `expert_map[e] = G` is an empty slot, and `G + 1 + j` gives row j of `constants`, a vector.
+Its experts' matrices may be factored too: see `factored.py`. Licensed under Apache-2.0, as smelt
+is.
 """
 
 import os
@@ -28,11 +29,12 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForIm
 
 
 class SmeltMappedConfig(PreTrainedConfig):
-    """The base family's configuration with three fields more, or four.
+    """The base family's configuration with three fields more, or up to five.
 
     base_model_type: the family's own model type.
     base_architecture: the family's own model class.
     mapped_experts: stored experts G of each mapped experts module, by its name.
+    constant_experts: of those with constants, their number.
     factored_experts: of those in factored form, by matrix: {"rank": R, "rows": kept rows of S}.
     """
 
@@ -70,7 +72,8 @@ def _define_model(config_type: type[SmeltMappedConfig], architecture: str) -> ty
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         super(cls, self).__init__(config, *args, **kwargs)
         for name, num_stored in config.mapped_experts.items():
-            map_experts(self.get_submodule(name), num_stored)
+            constants = (getattr(config, "constant_experts", None) or {}).get(name, 0)
+            map_experts(self.get_submodule(name), num_stored, constants)
         for name, spec in (getattr(config, "factored_experts", None) or {}).items():
             factor_experts(self.get_submodule(name), spec)
 
@@ -122,8 +125,12 @@ class SmeltMappedModel(PreTrainedModel):
         return model_class(config)._from_config(config, **kwargs)
 
 
-def map_experts(experts: nn.Module, num_stored: int) -> None:
-    """Turn an experts module of E slots into one that stores `num_stored` and maps ids to them."""
+def map_experts(experts: nn.Module, num_stored: int, num_constants: int = 0) -> None:
+    """Turn an experts module of E slots into one that stores `num_stored` and maps ids to them.
+
+    With `num_constants`, it also holds so many vectors, as wide as its output, to map ids to.
+    """
+    like = _down(experts)
     target: Any = experts
     num_experts: int = target.num_experts
     if isinstance(experts, nn.ModuleDict):
@@ -142,9 +149,31 @@ def map_experts(experts: nn.Module, num_stored: int) -> None:
     target.num_experts = num_stored
     zeros = torch.zeros(num_experts, dtype=torch.int32, device=device)
     experts.register_buffer("expert_map", zeros)
+    if num_constants:
+        width = like.shape[0]
+        rows = torch.zeros(num_constants, width, dtype=like.dtype, device=device)
+        experts.register_parameter("constants", nn.Parameter(rows, like.requires_grad))
     base = type(experts)
     members = {"forward": forward, "_unmapped": base}
     experts.__class__ = _define(f"SmeltMapped{base.__name__}", (base,), members)
+
+
+def _down(experts: Any) -> Tensor:
+    """The down projection of one expert, out × in."""
+    if isinstance(experts, nn.ModuleDict):
+        first: Any = experts["expert_0"]
+        return first.wo.weight
+    return experts.down_proj[0].T if experts.is_transposed else experts.down_proj[0]
+
+
+def _with_constants(self: Any, y: Tensor, ids: Tensor, weight: Tensor) -> Tensor:
+    """y [.., D] and what the choices ids [.., K] that map to constants give by their weights."""
+    if "constants" not in self._parameters:
+        return y
+    which = self.expert_map.long()[ids] - self.num_experts - 1
+    weight = weight.masked_fill(which < 0, 0).to(self.constants.dtype)
+    added = (weight.unsqueeze(-1) * self.constants[which.clamp(min=0)]).sum(-2)
+    return y + added.reshape(y.shape).to(y.dtype)
 
 
 def _forward_ids(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
@@ -153,15 +182,18 @@ def _forward_ids(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tenso
     if self.has_bias and self.config._experts_implementation == "eager":
         # The eager forward of biased experts knows no empty slot: any expert, with weight 0.
         stored = stored.masked_fill(stored == self.num_experts, 0)
-    return base.forward(self, hidden_states, stored, summed)
+    return _with_constants(self, base.forward(self, hidden_states, stored, summed), choice, weight)
 
 
 def _forward_one_hot(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
     base = self._unmapped  # not the next class: PEFT puts one of its own before ours
     # The last column is the empty slot of dropped experts: their tokens reach no expert.
-    table = nn.functional.one_hot(self.expert_map.long(), self.num_experts + 1)[:, :-1]
-    chosen = choice @ table.to(choice.dtype)
-    return base.forward(self, hidden_states, chosen, weight)
+    places = self.expert_map.long().clamp(max=self.num_experts)
+    table = nn.functional.one_hot(places, self.num_experts + 1)[:, :-1]
+    y = base.forward(self, hidden_states, choice @ table.to(choice.dtype), weight)
+    found, ids = choice.max(-1)  # a token dropped for capacity chose nobody
+    kept = weight.reshape(ids.shape).masked_fill(found == 0, 0)
+    return _with_constants(self, y, ids, kept)
 
 
 def _define(name: str, bases: tuple[type, ...], members: dict[str, Any]) -> Any:

@@ -249,9 +249,17 @@ def plain_config(config: Mapping[str, Any], *, without_mtp: bool) -> dict[str, A
 
 
 def mapped_config(
-    source: Checkpoint, stored: Mapping[str, int], *, without_mtp: bool
+    source: Checkpoint,
+    stored: Mapping[str, int],
+    constants: Mapping[str, int] | None = None,
+    *,
+    without_mtp: bool,
 ) -> dict[str, Any]:
-    """config.json of the mapped form: the family's own, and how many experts each module stores."""
+    """config.json of the mapped form: the family's own, and how many experts each module stores.
+
+    Args:
+        constants: of the modules that hold some, how many.
+    """
     config = plain_config(source.config_dict, without_mtp=without_mtp)
     module = mapped.FILE_NAME.removesuffix(".py")
     base = mapped.config_class(config["model_type"])
@@ -261,6 +269,8 @@ def mapped_config(
             f"{source.folder}: {source.cls.__name__} is no language model that transformers' Auto "
             "classes know, so the mapped form cannot hold it. Use form: stock or expanded."
         )
+    held = {name: number for name, number in (constants or {}).items() if number}
+    config |= {"constant_experts": held} if held else {}
     return config | {
         "model_type": mapped.SmeltMappedConfig.model_type,
         "base_model_type": config["model_type"],

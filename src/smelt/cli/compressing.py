@@ -16,8 +16,9 @@ Method = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="reap, frequency, ean, prune (drop); m-smoe, m-smoe-saliency, redirect, average, "
-        "zipit, repair, git-rebasin, fisher, regmean (merge); or module:function.",
+        help="reap, frequency, ean, prune (drop); mone (vectors for experts); m-smoe, "
+        "m-smoe-saliency, hc-smoe, ream, merge-moe, sub-moe, redirect, average, zipit, repair, "
+        "git-rebasin, fisher, regmean (merge); or module:function.",
     ),
 ]
 Rank = Annotated[
@@ -298,7 +299,7 @@ def _report(screen: Screen, source: str, folder: Path, shown: str) -> None:
 
 
 def _words(value: dict[str, Any], source: str, folder: str) -> str:
-    verb = "kept" if value["operator"] == "drop" else "merged into"
+    verb = "merged into" if value["operator"] == "merge" else "kept"
     before, after = value["bytes_before"], value["bytes_after"]
     experts = (
         f"{counts(value['experts_before'])} experts in each of {len(value['experts_before'])} "

@@ -90,7 +90,8 @@ def _groups(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
         own = ours.get(name)
         if own is None or own["dominants"] != layer["dominants"]:
             return BUDGET
-        if "drop" not in (own["operator"], layer["operator"]) and own["labels"] != layer["labels"]:
+        operators = {own["operator"], layer["operator"]}
+        if not operators & {"drop", "constant"} and own["labels"] != layer["labels"]:
             return BUDGET
     return SAME
 

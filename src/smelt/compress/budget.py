@@ -20,6 +20,7 @@ SCORES: dict[str, Score] = {
     "saliency": lambda stats: stats.saliency,
     "mean-saliency": lambda stats: stats.mean_saliency,
     "ean": lambda stats: stats.output_norm,
+    "usage-variance": lambda stats: stats.usage * stats.output_var,
 }
 """How much an expert matters, from a layer's statistics: never negative, any scale."""
 

@@ -19,6 +19,8 @@ from smelt.plugins import find
 from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
 
+OPERATORS = ("merge", "drop", "constant")
+
 MERGE_ONLY = ("similarity", "grouping", "align", "reference", "weights", "rule", "repair")
 """Coordinates that say nothing to a method that drops experts."""
 
@@ -35,10 +37,22 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
         raise PlanError("every MoE layer is excluded: there is nothing to compress.")
     _check_rule(method)
     skipped = [name for name in MERGE_ONLY if getattr(recipe, name) is not None]
-    if method.operator == "drop" and skipped:
+    if method.operator != "merge" and skipped:
         warnings.warn(
             f"method {recipe.method} drops experts and merges none: {', '.join(skipped)} skipped.",
             stacklevel=2,
+        )
+    if method.operator not in OPERATORS:
+        raise PlanError(f"operator {method.operator!r}: there are {', '.join(OPERATORS)}.")
+    if method.operator == "constant" and recipe.form != "mapped":
+        raise PlanError(
+            f"method {recipe.method} puts vectors in the place of experts, which the {recipe.form} "
+            "form cannot hold. Set form: mapped."
+        )
+    if method.operator == "constant" and recipe.decompose is not None:
+        raise PlanError(
+            f"method {recipe.method} puts vectors in the place of experts, which decomposed "
+            "experts cannot have beside them. Leave decompose out, or choose another method."
         )
     if recipe.strict and method.budget != "global":
         raise PlanError("strict is a rule of the global budget. Set budget: global, or no strict.")

@@ -131,7 +131,7 @@ def _decision(
 ) -> dict[str, Any]:
     """The fields of a LayerPlan that statistics decide."""
     score = find(SCORES, method.score, "score")(evidence.stats)
-    if method.operator == "drop":
+    if method.operator != "merge":
         labels = drop_others(kept, len(score))
         likeness = (labels >= 0).double()
     else:
@@ -163,9 +163,11 @@ def _decided_plan(
     router_groups = layer.n_group if form == "stock" else 1
     before, after = layer_bytes(layer, form, len(kept))
     merges = method.operator == "merge"
+    if method.operator == "constant":
+        after += (layer.num_experts - len(kept)) * layer.model_size * layer.bytes_per_param
     return LayerPlan(
         name=layer.name,
-        operator="merge" if merges else "drop",
+        operator=method.operator,  # type: ignore[arg-type]
         num_experts=layer.num_experts,
         num_groups=len(kept),
         protected=tuple(sorted(protected)),

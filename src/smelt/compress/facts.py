@@ -31,7 +31,7 @@ def read_facts(checkpoint: Checkpoint) -> Facts:
     beside_params = beside_bytes = 0  # what routers score beside the experts
     for layer in anatomy.layers:
         experts, axes = anatomy.experts[layer.name], anatomy.axes[layer.name]
-        stored = [n for n in experts if not n.endswith(".expert_map")]
+        stored = [n for n in experts if not n.endswith((".expert_map", ".constants"))]
         module = checkpoint.model.get_submodule(layer.experts)
         bank = read_bank(module, layer.experts, checkpoint.state.__getitem__)
         belonging.update(experts, axes)

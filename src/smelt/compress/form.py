@@ -49,7 +49,10 @@ def new_config(checkpoint: Checkpoint, facts: Facts, plan: Plan) -> dict[str, An
         }
         if factors:
             return sinks.factored_config(checkpoint, stored, factors, without_mtp=without_mtp)
-        return sinks.mapped_config(checkpoint, stored, without_mtp=without_mtp)
+        constants = {
+            layer.experts: plan.layer(layer.name).num_constants for layer in facts.anatomy.layers
+        }
+        return sinks.mapped_config(checkpoint, stored, constants, without_mtp=without_mtp)
     first = plan.layers[0]
     fields = {}
     if first.hidden_units is not None:

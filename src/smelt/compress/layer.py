@@ -70,7 +70,11 @@ class Compressor:
             tensors = {f"{layer.experts}.{name}": t for name, t in bank.tensors().items()}
             return Changed(tensors | self._map(layer, plan), names)
         if self.plan.form == "mapped":
-            return Changed(self._experts(layer, merged) | self._map(layer, plan), names)
+            tensors = self._experts(layer, merged) | self._map(layer, plan)
+            if plan.num_constants:
+                known = _needed(stats, "operator constant").mean_output[labels < 0]
+                tensors[f"{layer.experts}.constants"] = known.to(merged.down.dtype)
+            return Changed(tensors, names)
         rows = self.rows(layer, plan, stats, labels, dominants)
         return Changed(self._experts(layer, merged) | rows, names | frozenset(axes))
 
@@ -114,7 +118,7 @@ class Compressor:
         bank = self.bank(layer)
         if plan.operator == "keep":
             return bank
-        if plan.operator == "drop":
+        if plan.operator in ("drop", "constant"):
             return keep(bank, dominants)
         order = self._order(plan, bank, stats, labels, dominants)
         weights = torch.tensor(plan.weights, dtype=torch.float64)
@@ -169,8 +173,12 @@ class Compressor:
 
     def _map(self, layer: MoeLayer, plan: LayerPlan) -> dict[str, Tensor]:
         labels = torch.tensor(plan.labels, dtype=torch.int32)
-        # The id after the last stored expert is an empty slot: what a dropped expert gives.
-        labels = labels.masked_fill(labels < 0, plan.num_groups)
+        # The id after the last stored expert is an empty slot: what a dropped expert gives. Those
+        # behind it are constants, in the order of the experts that they stand for.
+        gone = labels < 0
+        labels = labels.masked_fill(gone, plan.num_groups)
+        if plan.num_constants:
+            labels[gone] += 1 + torch.arange(plan.num_constants, dtype=torch.int32)
         return {f"{layer.experts}.expert_map": labels}
 
     def rows(

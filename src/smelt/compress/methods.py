@@ -11,7 +11,7 @@ from smelt.recipe import CompressRecipe
 class Method:
     """One choice per stage. Names of tables, or "module:function" for outside code."""
 
-    operator: str  # "merge", or "drop": only the dominant experts stay
+    operator: str  # "merge"; "drop": only the dominant stay; "constant": vectors for the others
     score: str  # who is dominant; also what "usage" weights are proportional to
     similarity: str = "router-logits"  # who joins whom
     grouping: str = "nearest"  # by which rule: a row of GROUPINGS
@@ -46,6 +46,7 @@ METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:25
     "fisher": _m_smoe(weights="mean", rule="fisher"),  # arXiv:2111.09832
     "regmean": _m_smoe(rule="regmean"),  # arXiv:2212.09849
     # Later work, each with the budget and the groups of its own.
+    "mone": Method(operator="constant", score="usage-variance"),  # arXiv:2507.00390
     "hc-smoe": Method(  # arXiv:2410.08589
         operator="merge", score="count", grouping="hierarchical", align="none"
     ),

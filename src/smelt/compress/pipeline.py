@@ -162,6 +162,11 @@ def check_possible(checkpoint: Checkpoint, facts: Facts, recipe: CompressRecipe)
             f"{checkpoint.folder}: its experts are decomposed already. Compress the checkpoint it "
             "was made from."
         )
+    if getattr(checkpoint.config, "constant_experts", None):
+        raise PlanError(
+            f"{checkpoint.folder}: vectors stand in the place of some of its experts. Compress the "
+            "checkpoint it was made from."
+        )
     check(facts.layers, recipe)
     if recipe.hidden_units is not None:
         before = facts.layers[0].hidden_size

@@ -84,7 +84,7 @@ class LayerPlan(_Strict):
     """One MoE layer: who stays, who joins whom, and with what weight."""
 
     name: str
-    operator: Literal["merge", "drop", "keep"]  # keep: every expert stays as it is
+    operator: Literal["merge", "drop", "constant", "keep"]  # keep: every expert stays as it is
     num_experts: int
     num_groups: int
     dominants: tuple[int, ...]  # expert ids, ascending; group g is that of dominants[g]
@@ -103,6 +103,11 @@ class LayerPlan(_Strict):
     bytes_before: int  # experts, router rows and the map, on disk
     bytes_after: int
     fit: LayerFit | None = None  # once it is applied
+
+    @property
+    def num_constants(self) -> int:
+        """Experts whose place a vector takes."""
+        return self.num_experts - self.num_groups if self.operator == "constant" else 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

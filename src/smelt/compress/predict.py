@@ -104,6 +104,7 @@ def predict(
         one = stored / layer.num_groups
         before += E * (fact.expert_params + fact.num_router_params)
         after += round(G * one) + rows * fact.num_router_params
+        after += layer.num_constants * fact.model_size
         used = _experts_run(fact, layer, stats.get(fact.name)) if form == "mapped" else fact.top_k
         flops_before += 2 * (fact.top_k * fact.expert_params + E * fact.num_router_params)
         flops_after += 2 * (used * one + rows * fact.num_router_params)

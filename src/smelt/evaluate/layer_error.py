@@ -92,6 +92,11 @@ def _error(
         routed = router.route(layer, rows, stats.input_sample)
     merged = compressor.merged(layer, plan, stats, labels, dominants)
     difference = _mixed(merged, stats, routed) - before
+    if plan.num_constants:
+        known = torch.where(labels < 0)[0]
+        vectors = stats.mean_output[known].to(merged.down.dtype).float()
+        is_one = stats.sample_choice[:, :, None] == known
+        difference += (is_one * stats.sample_weight[:, :, None]).sum(1).float() @ vectors
     return ratio(
         float(difference.square().sum(dtype=torch.float64)),
         float(before.square().sum(dtype=torch.float64)),
