@@ -306,9 +306,9 @@ def test_a_count_out_of_range(good, text, experts):
 
 
 def test_two_budgets_or_none(good, text):
-    refused(compress(good, text, "--experts", 4, "--keep", 0.5), "not both")
+    refused(compress(good, text, "--experts", 4, "--keep", 0.5), "set one of experts")
     done = smelt("compress", good, good.parent / "out", "--text", text)
-    refused(done, "set either experts (a count) or keep (a share)")
+    refused(done, "set one of experts (a count), keep (a share) and size")
 
 
 def test_fewer_experts_than_a_token_uses(good, text):

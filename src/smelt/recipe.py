@@ -271,7 +271,7 @@ class CompressRecipe(Settings):
     method: str
     score: str | None = None
     similarity: str | None = None
-    budget: Literal["uniform", "global"] | None = None
+    budget: Literal["uniform", "global", "measured"] | None = None
     grouping: str | None = None  # nearest, centroids, hierarchical, k-means
     align: Literal["weights", "activations", "both", "none"] | None = None
     reference: Literal["dominant", "first", "others"] | None = None
@@ -281,6 +281,7 @@ class CompressRecipe(Settings):
     router: str | None = None
     experts: int | None = Field(default=None, ge=1)  # kept per layer, on average
     keep: float | None = Field(default=None, gt=0, le=1)  # or the share of them
+    size: float | None = Field(default=None, gt=0, le=1)  # stock form: or of their bytes; see there
     excluded: tuple[int | str, ...] = ()  # layers left as they are: names, or positions from 0
     protect: dict[str, tuple[int, ...]] | tuple[int, ...] = ()  # ids by layer, or in every layer
     min_per_layer: int = Field(default=2, ge=1)
@@ -303,7 +304,7 @@ class CompressRecipe(Settings):
         if not isinstance(values, dict):
             return values
         has = {name for name, value in values.items() if value is not None}
-        if not has & {"experts", "keep"} and has & {"decompose", "hidden_units"}:
+        if not has & {"experts", "keep", "size"} and has & {"decompose", "hidden_units"}:
             values = {**values, "keep": 1.0}  # those make experts smaller, not fewer
         if values.get("method") is not None:
             return values
@@ -323,8 +324,13 @@ class CompressRecipe(Settings):
 
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
-        if (self.experts is None) == (self.keep is None):
-            raise ValueError("set either experts (a count) or keep (a share), and not both")
+        if self.size is not None:  # a plan says beside it what was chosen
+            if self.keep is not None or (self.experts is None and self.hidden_units is not None):
+                raise ValueError("size chooses experts and hidden_units: leave both and keep out")
+        elif (self.experts is None) == (self.keep is None):
+            raise ValueError(
+                "set one of experts (a count), keep (a share) and size (a share of their bytes)"
+            )
         return self
 
 

@@ -15,12 +15,12 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
 from smelt.compress.calibrate import calibrate
 from smelt.compress.gradients import with_gradients
+from smelt.compress.layer_error import layer_errors
 from smelt.compress.methods import METHODS_TABLE
 from smelt.compress.plan import Plan
 from smelt.compress.walking import apply_walking
 from smelt.errors import PlanError
 from smelt.evaluate.fidelity import fidelity
-from smelt.evaluate.layer_error import layer_errors
 
 MERGING = ("redirect", "average", "zipit", "repair", "git-rebasin", "fisher", "regmean")
 FAMILIES = ("qwen3_moe", "gpt_oss", "switch_transformers")

@@ -18,10 +18,10 @@ from smelt.compress.apply import apply
 from smelt.compress.budget import SCORES
 from smelt.compress.calibrate import calibrate
 from smelt.compress.facts import read_facts
+from smelt.compress.layer_error import layer_errors
 from smelt.compress.pipeline import run_plan
 from smelt.compress.walking import apply_walking
 from smelt.errors import PlanError
-from smelt.evaluate.layer_error import layer_errors
 from smelt.experts import mixture
 from smelt.recipe import CompressRecipe
 

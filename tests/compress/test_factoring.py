@@ -16,10 +16,10 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.compress import factoring
 from smelt.compress.apply import apply
 from smelt.compress.facts import bank_reader, read_facts
+from smelt.compress.layer_error import layer_errors
 from smelt.compress.pipeline import check_possible, run_plan
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError
-from smelt.evaluate.layer_error import layer_errors
 
 D, F, E = 32, 48, 8
 

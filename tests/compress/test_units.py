@@ -15,10 +15,10 @@ from compress.laws import TOKENS, Ground, batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import calibrate
 from smelt.compress.facts import read_facts
+from smelt.compress.layer_error import layer_errors
 from smelt.compress.pipeline import check_possible
 from smelt.compress.units import keep_units, unit_scores
 from smelt.errors import CheckpointError, PlanError
-from smelt.evaluate.layer_error import layer_errors
 from smelt.experts import ExpertBank, apply, permute_hidden
 from smelt.recipe import CompressRecipe
 

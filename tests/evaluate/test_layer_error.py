@@ -5,8 +5,8 @@ import torch
 
 from checkpoints import random_model, save, tiny_config
 from material import FORMS, Material
+from smelt.compress.layer_error import layer_errors
 from smelt.evaluate.fidelity import fidelity
-from smelt.evaluate.layer_error import layer_errors
 
 
 @pytest.mark.parametrize("name", FORMS)

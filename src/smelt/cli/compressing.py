@@ -12,6 +12,12 @@ from smelt.errors import PlanError, RecipeError
 
 Experts = Annotated[int | None, typer.Option("--experts", help="Experts kept per layer.")]
 Keep = Annotated[float | None, typer.Option("--keep", help="Or the share of them: 0.5.")]
+Size = Annotated[
+    float | None,
+    typer.Option(
+        "--size", help="Or the share of their bytes: count and hidden units by measurement."
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(
@@ -57,6 +63,7 @@ def compress(
     destination: Annotated[str | None, typer.Argument(help="The folder to make.")] = None,
     experts: Experts = None,
     keep: Keep = None,
+    size: Size = None,
     recipe: options.RecipeFile = None,
     method: Method = None,
     form: options.Form = None,
@@ -91,6 +98,7 @@ def compress(
         "output": destination,
         "experts": experts,
         "keep": keep,
+        "size": size,
         "method": method,
         "form": form,
         "rank": rank,

@@ -62,9 +62,9 @@ def compress_recipe(
     """The recipe of a file, then of options, then of `--set`: the later ones win."""
     values: dict[str, Any] = {} if file is None else read_values(file, CompressRecipe)
     own = nest(_said(given))
-    for name, other in (("experts", "keep"), ("keep", "experts")):
-        if name in own and other not in own:
-            values.pop(other, None)  # a budget on the command line replaces the file's
+    budgets = {"experts", "keep", "size"}
+    if budgets & own.keys():  # a budget on the command line replaces the file's
+        values = {name: value for name, value in values.items() if name not in budgets}
     if "rank" in own:
         values["decompose"] = (values.get("decompose") or {}) | {"rank": own.pop("rank")}
     if own.get("reconstruct") is True:  # the file may say how

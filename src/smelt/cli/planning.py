@@ -9,10 +9,10 @@ from typing import Any
 from smelt.api import load_stats, open_checkpoint
 from smelt.cli.screen import Screen, counts, number, size
 from smelt.compress.facts import read_facts
+from smelt.compress.layer_error import layer_errors
 from smelt.compress.pipeline import run_plan
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError, RecipeError
-from smelt.evaluate.layer_error import layer_errors
 from smelt.evaluate.results import markdown
 from smelt.recipe import CompressRecipe
 
@@ -29,14 +29,15 @@ class Candidate:
     @property
     def name(self) -> str:
         """A word for the combination, good for a file name."""
-        budget = f"{self.recipe.experts}" if self.recipe.keep is None else f"{self.recipe.keep:g}"
+        asked = self.recipe.size or self.recipe.keep or self.recipe.experts
+        budget = f"{asked:g}"
         method = self.recipe.method.replace(":", "-")
         return f"{method}-{self.recipe.form}-{budget}"
 
     def row(self) -> dict[str, Any]:
         """The candidate as a row of a table."""
         row: dict[str, Any] = {"method": self.recipe.method, "form": self.recipe.form}
-        row["asked"] = self.recipe.experts if self.recipe.keep is None else self.recipe.keep
+        row["asked"] = self.recipe.size or self.recipe.keep or self.recipe.experts
         if self.plan is None:
             return row
         p = self.plan.predicted

@@ -58,6 +58,11 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
         raise PlanError("strict is a rule of the global budget. Set budget: global, or no strict.")
     if recipe.form == "stock":
         _check_stock(facts, recipe, method, excluded)
+    if recipe.size is not None and recipe.form != "stock":
+        raise PlanError(
+            f"size chooses experts and hidden units together, for the stock form, not {recipe.form}"
+            ". Set form: stock, or keep and budget: measured."
+        )
     if recipe.hidden_units is not None:
         _check_hidden_units(facts, recipe)
     if recipe.decompose is not None:
@@ -106,9 +111,10 @@ def _check_stock(
 ) -> None:
     """An ordinary checkpoint of a family has one expert count, and its router must fit it."""
     advice = "Use form: mapped, where the counts of layers may differ."
-    if method.budget == "global":
+    if method.budget != "uniform":
         raise PlanError(
-            f"the stock form has as many experts in every layer, not a global budget. {advice}"
+            f"the stock form has as many experts in every layer, not a {method.budget} budget. "
+            f"{advice}"
         )
     if excluded:
         raise PlanError(
@@ -259,6 +265,8 @@ def groups_wanted(layer: LayerFacts, recipe: CompressRecipe) -> float:
     E = layer.num_experts
     if recipe.experts is not None and recipe.experts > E:
         raise PlanError(f"experts = {recipe.experts}: {layer.name} has {E}. Keep {E} or fewer.")
+    if recipe.size is not None and recipe.experts is None:
+        return float(E)  # chosen by measurement, once there are statistics
     wanted = E * recipe.keep if recipe.keep is not None else float(recipe.experts or 0)
     if wanted < 0.5:
         raise PlanError(f"keep = {recipe.keep} leaves no expert of {E}. Keep at least {1 / E:.3g}.")

@@ -45,6 +45,7 @@ def make_plan(
     checkpoint_hash: str = "",
     statistics_hash: str = "",
     text_hash: str = "",
+    counts: Sequence[int] | None = None,
 ) -> Plan:
     """The plan of a whole checkpoint.
 
@@ -54,6 +55,7 @@ def make_plan(
         bank: reads a layer's experts; called only where the similarity asks for weights.
         router_weight: a layer's router rows [E, D], or None where it has none.
         other_params: of everything that is neither an expert nor has an expert axis.
+        counts: experts that each layer keeps, in place of the budget (`measured`).
     """
     check(facts, recipe)
     method = resolve(recipe)
@@ -61,7 +63,7 @@ def make_plan(
     protected = protected_experts(facts, recipe)
     check_statistics(facts, stats, excluded)
     check_gradients(facts, stats, excluded, method)
-    dominants = _dominants(facts, stats, recipe, method, excluded, protected)
+    dominants = _dominants(facts, stats, recipe, method, excluded, protected, counts)
     layers = []
     for position, (layer, kept) in enumerate(zip(facts, dominants, strict=True)):
         if len(kept) == layer.num_experts:
@@ -212,6 +214,7 @@ def _dominants(
     method: Method,
     excluded: Collection[int],
     protected: Mapping[int, Collection[int]],
+    counts: Sequence[int] | None,
 ) -> list[Tensor]:
     """The experts that stay in each layer."""
     score = find(SCORES, method.score, "score")
@@ -219,7 +222,7 @@ def _dominants(
         torch.zeros(layer.num_experts) if position in excluded else score(stats[layer.name])
         for position, layer in enumerate(facts)
     ]
-    if method.budget == "global":
+    if method.budget == "global" and counts is None:
         merged = [layer for position, layer in enumerate(facts) if position not in excluded]
         average = sum(groups_wanted(layer, recipe) for layer in merged) / len(merged)
         return dominants_global(
@@ -235,7 +238,7 @@ def _dominants(
         if position in excluded
         else dominants_uniform(
             scores[position],
-            uniform_count(layer, recipe),
+            uniform_count(layer, recipe) if counts is None else counts[position],
             protected=protected[position],
             router=router_groups_of(layer) if recipe.form == "stock" else RouterGroups(),
         )

@@ -15,7 +15,8 @@ class Method:
     score: str  # who is dominant; also what "usage" weights are proportional to
     similarity: str = "router-logits"  # who joins whom
     grouping: str = "nearest"  # by which rule: a row of GROUPINGS
-    budget: str = "uniform"  # "uniform": as many in every layer; "global": one for the model
+    budget: str = "uniform"  # "uniform": as many in every layer; "global": by the score, for the
+    # model as a whole; "measured": by what each layer's output loses
     align: str = "weights"  # "weights", "activations", "both" or "none"
     reference: str = "dominant"  # whom members are aligned to: "dominant", "first" or "others"
     weights: str = "usage"
@@ -72,7 +73,7 @@ def resolve(recipe: CompressRecipe) -> Method:
     budget, its form decides.
     """
     method = find(METHODS_TABLE, recipe.method, "method")
-    if recipe.form == "stock" and method.budget == "global":
+    if recipe.form == "stock" and method.budget == "global" and recipe.budget is None:
         method = replace(method, budget="uniform")
     own = {f.name: getattr(recipe, f.name, None) for f in fields(Method)}
     return replace(method, **{name: value for name, value in own.items() if value is not None})

@@ -1,7 +1,7 @@
 """From a recipe to a compressed checkpoint: open, calibrate, plan, apply. Commands call this."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from smelt.compress.check import check, needs_gradients
 from smelt.compress.decide import make_plan
 from smelt.compress.facts import Facts, bank_reader, read_facts, router_reader
 from smelt.compress.gradients import check_gradients_fit, with_gradients
+from smelt.compress.measured import Measurer, measured_counts, measured_shape
 from smelt.compress.methods import resolve
 from smelt.compress.plan import Plan
 from smelt.compress.task_batches import task_batches
@@ -185,18 +186,28 @@ def run_plan(
     facts = facts or read_facts(checkpoint)
     check_possible(checkpoint, facts, recipe)
     stats.belongs_to(checkpoint)
-    return make_plan(
-        facts.layers,
-        stats.layers,
-        recipe,
-        bank=bank_reader(checkpoint, facts),
-        router_weight=router_reader(checkpoint, facts),
-        other_params=facts.other_params,
-        other_bytes=facts.other_bytes,
-        checkpoint_hash=checkpoint.fingerprint,
-        statistics_hash=stats.sha256,
-        text_hash=stats.text,
-    )
+
+    def plan(recipe: CompressRecipe, counts: Sequence[int] | None = None) -> Plan:
+        return make_plan(
+            facts.layers,
+            stats.layers,
+            recipe,
+            bank=bank_reader(checkpoint, facts),
+            router_weight=router_reader(checkpoint, facts),
+            other_params=facts.other_params,
+            other_bytes=facts.other_bytes,
+            checkpoint_hash=checkpoint.fingerprint,
+            statistics_hash=stats.sha256,
+            text_hash=stats.text,
+            counts=counts,
+        )
+
+    measurer = Measurer(checkpoint, facts, stats, plan)
+    if recipe.size is not None and recipe.experts is None:
+        recipe = measured_shape(measurer, recipe)
+    if resolve(recipe).budget == "measured":
+        return plan(recipe, measured_counts(measurer, recipe))
+    return plan(recipe)
 
 
 def run_compress(

@@ -6,7 +6,6 @@ experts and routing are those of the model.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.place import move_buffers, weights_in
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Stage
+from smelt.compress.layer_error import group_of, ratio
 
 Groups = tuple[Tensor, Tensor]
 """The group of each expert of the original [E], and of the compressed layer; −1: none."""
@@ -152,16 +152,3 @@ class _Sums:
     def result(self, name: str) -> LayerFidelity:
         agreement = self.num_agreeing / self.num_choices if self.num_choices else None
         return LayerFidelity(name, ratio(self.difference, self.norm), agreement, self.num_tokens)
-
-
-def group_of(choice: Tensor, groups: Tensor) -> Tensor:
-    """The group of each choice; −1 for a dropped expert, and for ids beyond the experts."""
-    groups = torch.cat([groups, groups.new_full((1,), -1)]).to(choice.device)
-    return groups[choice.clamp(max=len(groups) - 1)]
-
-
-def ratio(difference: float, norm: float) -> float:
-    """A squared error as a share of the squared norm; no difference is 0 whatever the norm."""
-    if difference == 0:
-        return 0.0
-    return difference / norm if norm else math.inf

@@ -1,5 +1,6 @@
 """The error that a plan makes in each layer, on the stored input sample: no model is run."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,8 @@ from smelt.compress.align import Aligner
 from smelt.compress.calibrate import Progress, RoutingStats
 from smelt.compress.facts import Facts
 from smelt.compress.layer import Compressor
-from smelt.compress.plan import LayerPlan, Plan
+from smelt.compress.plan import LayerPlan, Plan, is_changed
 from smelt.errors import PlanError
-from smelt.evaluate.layers import group_of, ratio
 from smelt.experts import ExpertBank, mixture
 from smelt.routing import LayerStats
 
@@ -67,10 +67,9 @@ def layer_errors(
         compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
         for number, layer in enumerate(facts.anatomy.layers):
             decided = plan.layer(layer.name)
-            if decided.operator == "keep" and decided.hidden_units is None:
-                errors[layer.name] = 0.0
-            else:
-                found = stats.layers[layer.name]
+            found = stats.layers.get(layer.name)
+            errors[layer.name] = 0.0
+            if is_changed(decided) and found is not None:
                 errors[layer.name] = _error(compressor, router, layer, decided, found)
             if progress:
                 progress(layer.name, number + 1, len(facts.anatomy.layers))
@@ -156,3 +155,16 @@ def _caught(experts: nn.Module) -> Iterator[list[Routed]]:
         yield calls
     finally:
         del experts.forward
+
+
+def group_of(choice: Tensor, groups: Tensor) -> Tensor:
+    """The group of each choice; −1 for a dropped expert, and for ids beyond the experts."""
+    groups = torch.cat([groups, groups.new_full((1,), -1)]).to(choice.device)
+    return groups[choice.clamp(max=len(groups) - 1)]
+
+
+def ratio(difference: float, norm: float) -> float:
+    """A squared error as a share of the squared norm; no difference is 0 whatever the norm."""
+    if difference == 0:
+        return 0.0
+    return difference / norm if norm else math.inf
