@@ -254,6 +254,27 @@ class ReconstructRecipe(Settings):
         return self
 
 
+class AutoRecipe(Settings):
+    """How `method: auto` chooses a method for each layer: by the error after a short fit."""
+
+    candidates: tuple[str, ...] = ()  # methods by name; (): those of the form
+    steps: int = Field(default=40, ge=0)  # gradient steps that each candidate gets
+    protect: int = Field(default=2, ge=0)  # lost experts that are tried as protected ones
+
+    @field_validator("candidates")
+    @classmethod
+    def _no_auto(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "auto" in value:
+            raise ValueError("auto chooses among methods, and is none itself")
+        return value
+
+
+AUTO_CANDIDATES = {
+    "stock": ("reap", "ean", "m-smoe-saliency", "hc-smoe", "ream"),
+    "mapped": ("m-smoe-saliency", "reap", "m-smoe", "hc-smoe", "ream"),
+}
+"""What `auto` tries; the first one's score spends the budget."""
+
 DEFAULT_METHODS = {"stock": "reap", "mapped": "m-smoe-saliency", "expanded": "m-smoe-saliency"}
 """What won the study (LAB.md, 2026-11-22); only the stock form can drop experts."""
 
@@ -290,6 +311,7 @@ class CompressRecipe(Settings):
     decompose: DecomposeRecipe | None = None  # the mapped form only
     hidden_units: int | None = Field(default=None, ge=1)  # F kept in every expert; stock form only
     reconstruct: ReconstructRecipe | None = None  # true: with its defaults
+    auto: AutoRecipe = AutoRecipe()  # read where method is auto
     calibration: CalibrationRecipe = CalibrationRecipe()
     seed: int = 0
     device: str = "cpu"
@@ -309,6 +331,13 @@ class CompressRecipe(Settings):
         if values.get("method") is not None:
             return values
         return {**values, "method": DEFAULT_METHODS.get(values.get("form", "stock"), "reap")}
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The methods that are tried in each layer: one, unless the method is auto."""
+        if self.method != "auto":
+            return (self.method,)
+        return self.auto.candidates or AUTO_CANDIDATES.get(self.form, AUTO_CANDIDATES["mapped"])
 
     @field_validator("reconstruct", mode="before")
     @classmethod

@@ -36,6 +36,8 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
     if len(excluded) == len(facts):
         raise PlanError("every MoE layer is excluded: there is nothing to compress.")
     _check_rule(method)
+    if recipe.method == "auto":
+        _check_auto(facts, recipe)
     skipped = [name for name in MERGE_ONLY if getattr(recipe, name) is not None]
     if method.operator != "merge" and skipped:
         warnings.warn(
@@ -93,6 +95,33 @@ def _check_reconstruct(recipe: CompressRecipe) -> None:
             "the inputs that the statistics keep are of the original stream: with "
             "reconstruct.inputs = sample, set reconstruct.target: layer, and not sequential."
         )
+
+
+def _check_auto(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
+    """Candidates are judged after a fit, on tokens that are walked; each must be possible."""
+    if recipe.reconstruct is None or recipe.reconstruct.inputs == "sample":
+        raise PlanError(
+            "method auto judges its candidates by fits on the calibration text: set reconstruct "
+            "(--reconstruct), with inputs: walk."
+        )
+    own = [name for name in ("score", *MERGE_ONLY) if getattr(recipe, name) is not None]
+    if own:
+        raise PlanError(
+            f"method auto takes every candidate as it is, so {', '.join(own)} cannot be set. Name "
+            "a method, or functions of your own among auto.candidates."
+        )
+    for name in recipe.candidates:
+        # Groups are decided on the stream that the fits are on, whatever a candidate does alone.
+        one = recipe.model_copy(update={"method": name, "sequential": bool(recipe.sequential)})
+        method = resolve(one)
+        if method.operator == "constant" or needs_gradients(method):
+            raise PlanError(
+                f"auto.candidates: {name} needs what the others do not have (vectors in the place "
+                "of experts, or gradients). Compress by it alone."
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check(facts, one)
 
 
 def _check_names(method: Method) -> None:

@@ -119,6 +119,27 @@ def regroup(layer: LayerPlan, evidence: Evidence, recipe: CompressRecipe) -> Lay
     return LayerPlan.model_validate(layer.model_dump() | decision)
 
 
+def candidate(
+    layer: LayerPlan,
+    fact: LayerFacts,
+    evidence: Evidence,
+    recipe: CompressRecipe,
+    name: str,
+    protected: Collection[int] = (),
+) -> LayerPlan:
+    """The layer as another method would have it, with as many experts."""
+    method = resolve(recipe.model_copy(update={"method": name}))
+    protected = sorted({*layer.protected, *protected})
+    kept = dominants_uniform(
+        find(SCORES, method.score, "score")(evidence.stats),
+        layer.num_groups,
+        protected=protected,
+        router=router_groups_of(fact) if recipe.form == "stock" else RouterGroups(),
+    )
+    made = _decided_plan(fact, recipe.form, method, kept, protected, evidence)
+    return reshaped(made, fact, recipe, is_excluded=False)
+
+
 def layer_seed(seed: int, position: int) -> int:
     """The seed of one layer: random groups differ from layer to layer."""
     return seed * 1_000_003 + position

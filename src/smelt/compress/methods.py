@@ -69,10 +69,12 @@ METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:25
 def resolve(recipe: CompressRecipe) -> Method:
     """The method a recipe names, with the coordinates that the recipe sets itself.
 
+    Of `auto` it is the first candidate: its score says how the budget is spent.
+
     A stock checkpoint has as many experts in every layer: where the recipe says nothing about the
     budget, its form decides.
     """
-    method = find(METHODS_TABLE, recipe.method, "method")
+    method = find(METHODS_TABLE, recipe.candidates[0], "method")
     if recipe.form == "stock" and method.budget == "global" and recipe.budget is None:
         method = replace(method, budget="uniform")
     own = {f.name: getattr(recipe, f.name, None) for f in fields(Method)}

@@ -103,6 +103,7 @@ class LayerPlan(_Strict):
     bytes_before: int  # experts, router rows and the map, on disk
     bytes_after: int
     fit: LayerFit | None = None  # once it is applied
+    tried: dict[str, float] | None = None  # by `auto`: errors after a short fit, best first
 
     @property
     def num_constants(self) -> int:

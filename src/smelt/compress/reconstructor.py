@@ -77,30 +77,37 @@ class Reconstructor:
             LayerSample(x, target, held_out_runs(len(x), self.recipe.held_out).to(x.device)),
         )
 
+    def error(self, layer: MoeLayer, changed: Changed, sample: LayerSample, steps: int) -> float:
+        """The held-out error after a fit of so many steps, which is thrown away."""
+        with self.replacements.of(layer, changed.tensors, self.device) as made:
+            return self._fit(made, sample, self.recipe.model_copy(update={"steps": steps})).after
+
     def fit(
         self, layer: MoeLayer, plan: LayerPlan, changed: Changed, sample: LayerSample
     ) -> tuple[LayerPlan, Changed]:
         """The layer with its parameters fitted, and its plan with what that did."""
         with self.replacements.of(layer, changed.tensors, self.device) as made:
-            recipe = _enough(self.recipe, layer, made, sample)
-            solve = None
-            if recipe.closed_form and made.has_closed_form:
-                solve = lambda known, reduce: made.solve(known, reduce, recipe)  # noqa: E731
-            found = fit(
-                made.run,
-                made.parameters,
-                sample,
-                recipe,
-                stored=made.stored,
-                solve=solve,
-                reduce=self.reduce,
-                seed=self.seed,
-            )
+            found = self._fit(made, sample, _enough(self.recipe, layer, made, sample))
             new = made.tensors()
         _say(layer, found)
         router = {n for n in new if not n.startswith(layer.experts + ".")}
         result = Changed(changed.tensors | new, changed.replaced | router)
         return plan.model_copy(update={"fit": _recorded(found)}), result
+
+    def _fit(self, made: Replacement, sample: LayerSample, recipe: ReconstructRecipe) -> Fit:
+        solve = None
+        if recipe.closed_form and made.has_closed_form:
+            solve = lambda known, reduce: made.solve(known, reduce, recipe)  # noqa: E731
+        return fit(
+            made.run,
+            made.parameters,
+            sample,
+            recipe,
+            stored=made.stored,
+            solve=solve,
+            reduce=self.reduce,
+            seed=self.seed,
+        )
 
 
 def _recorded(found: Fit) -> LayerFit:

@@ -26,6 +26,7 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Stage, Walk
 from smelt.compress.align import Aligner
 from smelt.compress.apply import check_plan, decided, finish, run_key, stage_names, stage_tensors
+from smelt.compress.auto import Chooser
 from smelt.compress.calibrate import Collector, Progress, RoutingStats, last_block
 from smelt.compress.capture import Capture, check_adds_up, first_tensor
 from smelt.compress.decide import layer_seed, regroup
@@ -129,7 +130,8 @@ class _Walking:
         self.collector = None
         if self.is_sequential:
             self.collector = _collector(self.plan, stats, self.facts, batches)
-        self.decide = _decider(self.checkpoint, self.facts, self.plan)
+        self.evidence = _evidence(self.checkpoint, self.facts, self.plan)
+        self.chooser: Chooser | None = None
         if self.recipe is not None:
             self.capture = _capture(self.recipe, self.facts, batches)
             self.reconstructor = Reconstructor(
@@ -140,6 +142,8 @@ class _Walking:
                 device=self.walk.device,
                 reduce=processes.add_up,
             )
+            if self.plan.recipe.method == "auto":
+                self.chooser = Chooser(compressor, self.reconstructor, self._known)
 
     def through(self) -> tuple[LayerPlan, ...]:
         """Walk, and write every shard; returns the layers as they were decided."""
@@ -156,12 +160,12 @@ class _Walking:
         """Around a block of the original stream: it runs as it is, then its layers are fitted."""
         if self._is_done(stage) or not (layers := self._fittable(stage)):
             yield
-            self._write(stage.name, self._recalled(stage) or self._compressed(stage))
+            self._write(stage.name, self._recalled(stage) or self._compressed(stage, {}))
             return
         with self.capture.watching(stage, layers) as caught:
             yield
-        changed = self._compressed(stage)
         samples = self._samples(caught)
+        changed = self._compressed(stage, samples)
         self._write(stage.name, self._fitted(stage, changed, samples))
 
     @contextlib.contextmanager
@@ -174,6 +178,7 @@ class _Walking:
 
     def _decided_and_fitted(self, stage: Stage) -> list[Changed]:
         layers = self._fittable(stage)
+        self.found.clear()
         with contextlib.ExitStack() as stack:
             if self.collector is not None:
                 stack.enter_context(self.collector.watching(stage))
@@ -185,19 +190,20 @@ class _Walking:
         if self.collector is not None:
             for layer in self._here(stage):
                 found = self.collector.of_all_processes([layer.name])[layer.name]
-                self.layers[layer.name] = self.decide(layer.name, found)
                 self.found[layer.name] = found
-        changed = self._compressed(stage)
-        self.found.clear()
+                if self.chooser is None:
+                    self.layers[layer.name] = regroup(
+                        self.plan.layer(layer.name), self._known(layer.name), self.plan.recipe
+                    )
         if not layers:
-            return changed
+            return self._compressed(stage, {})
         samples = self._samples(caught)
         if self.original:
             last = layers[-1]
             check_adds_up(stage, last, self.stream[0])
             wanted = self._outputs(stage, last, self.original)
             samples[last.name] = _corrected(samples[last.name], here, wanted)
-        return self._fitted(stage, changed, samples)
+        return self._fitted(stage, self._compressed(stage, samples), samples)
 
     def _samples(self, caught: dict[str, list[tuple[Tensor, Tensor]]]) -> dict[str, LayerSample]:
         """What was caught of each layer as a sample; what it is made of is given up."""
@@ -225,16 +231,28 @@ class _Walking:
             return []
         return [layer for layer in self._here(stage) if is_changed(self.layers[layer.name])]
 
-    def _compressed(self, stage: Stage) -> list[Changed]:
+    def _compressed(self, stage: Stage, samples: Mapping[str, LayerSample]) -> list[Changed]:
         """What becomes of each layer of a block, not fitted yet."""
-        return [
-            self.compressor.compress(
-                layer,
-                self.layers[layer.name],
-                self.found.get(layer.name) or self.stats.layers.get(layer.name),
-            )
-            for layer in self._here(stage)
-        ]
+        found = []
+        for layer in self._here(stage):
+            plan = self.layers[layer.name]
+            if self.chooser is not None and layer.name in samples:
+                self.layers[layer.name], made = self.chooser.choose(
+                    layer, plan, samples[layer.name]
+                )
+            else:
+                made = self.compressor.compress(layer, plan, self._stats(layer.name))
+            found.append(made)
+        return found
+
+    def _stats(self, name: str) -> LayerStats | None:
+        """Those of the compressed stream, where layers are decided on it; else one-shot ones."""
+        return self.found.get(name) or self.stats.layers.get(name)
+
+    def _known(self, name: str) -> Evidence:
+        stats = self._stats(name)
+        assert stats is not None, "a layer that is decided has statistics"
+        return self.evidence(name, stats)
 
     def _fitted(
         self, stage: Stage, changed: list[Changed], samples: dict[str, LayerSample]
@@ -322,16 +340,15 @@ def _corrected(sample: LayerSample, here: Tensor, wanted: Tensor) -> LayerSample
     return replace(sample, target=target.to(sample.target.dtype))
 
 
-def _decider(
+def _evidence(
     checkpoint: Checkpoint, facts: Facts, plan: Plan
-) -> Callable[[str, LayerStats], LayerPlan]:
-    """Decides a layer anew, by its name and its statistics on the compressed stream."""
+) -> Callable[[str, LayerStats], Evidence]:
+    """What is known of a layer, by its name and its statistics."""
     banks, routers = bank_reader(checkpoint, facts), router_reader(checkpoint, facts)
     positions = {layer.name: i for i, layer in enumerate(plan.layers)}
 
-    def decide(name: str, stats: LayerStats) -> LayerPlan:
+    def known(name: str, stats: LayerStats) -> Evidence:
         seed = layer_seed(plan.recipe.seed, positions[name])
-        evidence = Evidence(stats, partial(banks, name), routers(name), seed)
-        return regroup(plan.layer(name), evidence, plan.recipe)
+        return Evidence(stats, partial(banks, name), routers(name), seed)
 
-    return decide
+    return known
