@@ -5,7 +5,9 @@
 A checkpoint with the real layer shape and random weights is written below a temporary folder,
 compressed in a process of its own, and deleted. The peak is the process's `ru_maxrss`: everything
 resident, the libraries too; shards are read, not mapped. Bound: 2 × the largest block + the hidden
-states of the calibration text + 1 GiB, and 20·F² bytes for each assignment solved at a time.
+states of the calibration text + 1 GiB, and 20·F² bytes for each assignment solved at a time. Where
+layers are fitted: the largest block + what is kept of it in float32 with gradients and two moments +
+three times the hidden states (the stream, and a layer's inputs and outputs) + 1 GiB.
 """
 
 import argparse
@@ -66,14 +68,17 @@ class Case:
     hidden_size: int
     align: str | None = None  # None: the method's own
     solves: int = 0  # assignments solved at a time
+    is_fitted: bool = False  # reconstructed too
 
     @property
     def recipe(self) -> dict[str, Any]:
         calibration = {"num_tokens": self.tokens, "sequence_length": 512, "batch_size": 4}
         more = {"align": self.align} if self.align else {}
         workers = {"workers": self.solves} if self.solves else {}
+        if self.is_fitted:
+            more["reconstruct"] = {"steps": 4, "evaluations": 2}
         return {
-            "method": "m-smoe",
+            "method": "reap" if self.is_fitted else "m-smoe",
             "experts": self.experts,
             "calibration": calibration,
             **more,
@@ -82,18 +87,27 @@ class Case:
 
     def bound(self, largest_block: int) -> int:
         hidden_states = self.tokens * self.fields["hidden_size"] * 2
+        if self.is_fitted:  # weights, gradients and two moments, 16 bytes each, of what is kept
+            kept = largest_block / 2 * self.experts / self.fields["num_experts"]
+            return round(largest_block + 16 * kept) + 3 * hidden_states + GIB
         return 2 * largest_block + hidden_states + GIB + self.solves * 20 * self.hidden_size**2
 
 
 CASES = {
     "qwen3, 128 to 64": Case(qwen3(), 64, 8192, 768),
     "mixtral, 8 to 4, unaligned": Case(mixtral(), 4, 4096, 14_336, align="none"),
+    "qwen3, 128 to 64, reconstructed": Case(
+        qwen3(num_hidden_layers=3), 64, 8192, 768, is_fitted=True
+    ),
     # Two merges a block: as many solves at a time as there are workers, and some minutes in all.
     "mixtral, 8 to 6, aligned": Case(mixtral(), 6, 4096, 14_336, solves=2),
 }
 _SMALL = {"num_hidden_layers": 3, "vocab_size": 4096}
 QUICK = {
     "qwen3, 16 to 8": Case(qwen3(num_experts=16, **_SMALL), 8, 2048, 768),
+    "qwen3, 16 to 8, reconstructed": Case(
+        qwen3(num_experts=16, **_SMALL), 8, 2048, 768, is_fitted=True
+    ),
     "mixtral, 8 to 4, unaligned": Case(
         mixtral(intermediate_size=1024, **_SMALL), 4, 2048, 1024, align="none"
     ),

@@ -45,8 +45,8 @@ class Layer:
         return mixture(bank, x, self.routing[0][rows], self.routing[1][rows])
 
     @property
-    def stored(self):
-        return dict.fromkeys(self.parameters, torch.float32)
+    def start(self):
+        return self.bank.tensors()
 
 
 def a_sample(x, target):
@@ -61,7 +61,7 @@ def linear(start, x, target, recipe=QUICK, stored=torch.float32, seed=0, **more)
         {"w": weight},
         a_sample(x, target),
         recipe,
-        stored={"w": stored},
+        start={"w": start.to(stored)},
         seed=seed,
         **more,
     )
@@ -223,7 +223,7 @@ def test_a_closed_form_that_is_worse_on_held_out_tokens_is_not_kept(problem):
         {"w": weight},
         a_sample(x, target),
         QUICK.model_copy(update={"steps": 0}),
-        stored={"w": torch.float32},
+        start={"w": start},
         solve=spoil,
     )
     assert found.solved > found.before == found.after
@@ -241,5 +241,5 @@ def test_a_bank_that_lost_an_expert_is_repaired_most_of_the_way(generator):
     recipe = ReconstructRecipe(steps=150, batch_tokens=128)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = fit(layer.run, layer.parameters, a_sample(x, target), recipe, stored=layer.stored)
+        found = fit(layer.run, layer.parameters, a_sample(x, target), recipe, start=layer.start)
     assert found.after < 0.3 * found.before

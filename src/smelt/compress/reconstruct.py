@@ -85,7 +85,7 @@ def fit(
     sample: LayerSample,
     recipe: ReconstructRecipe,
     *,
-    stored: Mapping[str, torch.dtype],
+    start: Mapping[str, Tensor],
     solve: Solve | None = None,
     reduce: Reduce = alone,
     seed: int = 0,
@@ -98,16 +98,17 @@ def fit(
 
     Args:
         parameters: float32 leaves that `run` reads; left at the kept state, rounded as stored.
-        stored: the type in which each is stored.
+        start: their values now, in the types in which they are stored; not changed.
         seed: draws the batches.
 
     Source: ours; block-wise reconstruction is known from quantisation (BRECQ, arXiv:2102.05426).
     """
     judge = _Judge(run, sample, recipe, reduce)
-    state = _State(parameters, stored)
-    state.round()
+    state = _State(parameters, start)
+    state.put(start)
     before = best = judge.error()
-    kept, solved = state.copy(), None
+    kept: Mapping[str, Tensor] = start
+    solved = None
     ended: Literal["done", "no better", "diverged", "out of time"] = "done"
     if solve is not None:
         solve(sample, reduce)
@@ -116,21 +117,24 @@ def fit(
         if solved < best:
             best, kept = solved, state.copy()
         else:
-            state.restore(kept)
+            state.put(kept)
     steps = best_step = 0
     curve = [(0, best)]
     for steps, ended in _descend(judge, state, recipe, seed) if best else ():
-        with state.rounded():
-            error = judge.error()
+        error = judge.error()
         curve.append((steps, error))
         if error < best:
             best, best_step = error, steps
-            with state.rounded():
-                kept = state.copy()
+            kept = state.copy()
         if not error <= max(10 * before, 1.0):  # worse than giving nothing; NaN too
             ended = "diverged"
             break
-    state.restore(kept)
+    state.put(kept)
+    if best_step:  # judged unrounded on the way: a copy in full precision would cost its bytes
+        best = judge.error()
+        if not best < before:
+            state.put(start)
+            best, best_step = before, 0
     if ended == "done" and best >= before:
         ended = "no better"
     return Fit(
@@ -147,45 +151,24 @@ def fit(
 
 
 class _State:
-    """The parameters as a whole: copied, put back, rounded as they will be stored."""
+    """The parameters as a whole: copied as stored, put in place, rounded as stored."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], stored: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
         self.parameters = dict(parameters)
-        self.stored = stored
+        self.stored = {name: value.dtype for name, value in start.items()}
 
     def copy(self) -> dict[str, Tensor]:
         return {n: p.detach().to(self.stored[n], copy=True) for n, p in self.parameters.items()}
 
     @torch.no_grad()
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
-        for name, value in kept.items():
-            self.parameters[name].copy_(value)
+    def put(self, kept: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(kept[name])
 
     @torch.no_grad()
     def round(self) -> None:
-        for name, p in self.parameters.items():
-            if self.stored[name] != p.dtype:
-                p.copy_(p.to(self.stored[name]))
-
-    def rounded(self) -> "_Rounded":
-        """Within: every parameter has the value that the checkpoint would store."""
-        return _Rounded(self)
-
-
-class _Rounded:
-    def __init__(self, state: _State) -> None:
-        self.state = state
-        self.exact: dict[str, Tensor] = {}
-
-    def __enter__(self) -> None:
-        inexact = {
-            n: p for n, p in self.state.parameters.items() if self.state.stored[n] != p.dtype
-        }
-        self.exact = {n: p.detach().clone() for n, p in inexact.items()}
-        self.state.round()
-
-    def __exit__(self, *_: object) -> None:
-        self.state.restore(self.exact)
+        for name, parameter in self.parameters.items():
+            parameter.copy_(parameter.to(self.stored[name]))
 
 
 class _Judge:
@@ -254,11 +237,14 @@ def _descend(
         for group, size in zip(optimiser.param_groups, sizes, strict=True):
             group["lr"] = recipe.rate * size * warm * (1 + cos(pi * min(1.0, share))) / 2
         rows, count = next(batches)
-        optimiser.zero_grad(set_to_none=False)
-        for part in rows.split(_CHUNK) if len(rows) else ():
-            judge.loss(part, count).backward()
-        grads = [p.grad for p in state.parameters.values() if p.grad is not None]
-        judge.reduce(grads)
+        # One product for the whole batch: a second one's gradients would lie beside the first's.
+        optimiser.zero_grad(set_to_none=True)
+        if len(rows):
+            judge.loss(rows, count).backward()
+        for p in state.parameters.values():
+            if p.grad is None:  # a process without tokens of this batch
+                p.grad = torch.zeros_like(p)
+        judge.reduce([p.grad for p in state.parameters.values() if p.grad is not None])
         for name, value in start.items():
             p = state.parameters[name]
             assert p.grad is not None
@@ -282,10 +268,8 @@ def _optimiser(parameters: Iterable[Tensor], rate: float) -> tuple[torch.optim.A
     adam = torch.optim.Adam(
         [{"params": [p], "lr": rate * s} for p, s in zip(groups, sizes, strict=True)],
         betas=(0.9, 0.95),
-        foreach=False,
+        fused=True,  # no temporaries of a parameter's size
     )
-    for p in groups:
-        p.grad = torch.zeros_like(p)
     return adam, sizes
 
 

@@ -103,7 +103,7 @@ class Reconstructor:
             made.parameters,
             sample,
             recipe,
-            stored=made.stored,
+            start=made.start,
             solve=solve,
             reduce=self.reduce,
             seed=self.seed,

@@ -34,14 +34,14 @@ class Replacement:
         model: nn.Module,
         layer: MoeLayer,
         parameters: dict[str, Tensor],
-        stored: dict[str, torch.dtype],
+        start: dict[str, Tensor],
     ) -> None:
         self.model = model
         self.layer = layer
         self.module = model.get_submodule(layer.name)
         self.experts = model.get_submodule(layer.experts)
         self.parameters = parameters  # that may change, float32, by their names in the model
-        self.stored = stored
+        self.start = start  # their values as they are stored
 
     def run(self, x: Tensor) -> Tensor:
         """Outputs [N, D] of tokens [N, D], each a sequence of its own."""
@@ -51,7 +51,9 @@ class Replacement:
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters as they are stored."""
-        return {n: p.detach().to(self.stored[n], copy=True) for n, p in self.parameters.items()}
+        return {
+            n: p.detach().to(self.start[n].dtype, copy=True) for n, p in self.parameters.items()
+        }
 
     @property
     def has_closed_form(self) -> bool:
@@ -140,13 +142,13 @@ class Replacements:
         module = self.model.get_submodule(layer.name)
         meta = {f"{layer.name}.{name}": param for name, param in module.named_parameters()}
         chosen = self._chosen(layer, module)
-        parameters, stored = {}, {}
+        parameters, start = {}, {}
         try:
             for name in module.state_dict():
                 path = f"{layer.name}.{name}"
                 value = tensors[path] if path in tensors else self.checkpoint.read(path)
                 if path in chosen:
-                    stored[path] = value.dtype
+                    start[path] = value
                     value = value.to(torch.float32, copy=True)
                 put(self.model, path, value, device)
                 if path in chosen:
@@ -154,7 +156,7 @@ class Replacements:
             move_buffers(module, device)
             restore = lift_capacity(self.model, layer)
             try:
-                yield Replacement(self.model, layer, parameters, stored)
+                yield Replacement(self.model, layer, parameters, start)
             finally:
                 restore()
         finally:

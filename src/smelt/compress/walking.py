@@ -165,8 +165,9 @@ class _Walking:
         with self.capture.watching(stage, layers) as caught:
             yield
         samples = self._samples(caught)
-        changed = self._compressed(stage, samples)
-        self._write(stage.name, self._fitted(stage, changed, samples))
+        with self._without_experts(stage, is_over=True):
+            changed = self._fitted(stage, self._compressed(stage, samples), samples)
+            self._write(stage.name, changed)
 
     @contextlib.contextmanager
     def _on_compressed(self, stage: Stage) -> Iterator[None]:
@@ -203,7 +204,8 @@ class _Walking:
             check_adds_up(stage, last, self.stream[0])
             wanted = self._outputs(stage, last, self.original)
             samples[last.name] = _corrected(samples[last.name], here, wanted)
-        return self._fitted(stage, self._compressed(stage, samples), samples)
+        with self._without_experts(stage, is_over=False):
+            return self._fitted(stage, self._compressed(stage, samples), samples)
 
     def _samples(self, caught: dict[str, list[tuple[Tensor, Tensor]]]) -> dict[str, LayerSample]:
         """What was caught of each layer as a sample; what it is made of is given up."""
@@ -213,6 +215,19 @@ class _Walking:
             samples[name] = self.capture.sample(layer, caught.pop(name))
             self.reconstructor.check_alone(layer, samples[name])
         return samples
+
+    @contextlib.contextmanager
+    def _without_experts(self, stage: Stage, *, is_over: bool) -> Iterator[None]:
+        """Within: the walk gives up the memory of the block's experts, for the fit to use.
+
+        Args:
+            is_over: the block has run; else its experts are read again.
+        """
+        names = [n for layer in self._here(stage) for n in self.facts.anatomy.experts[layer.name]]
+        self.walk.unload(names)
+        yield
+        if not is_over:
+            self.walk.load(names)
 
     def _outputs(self, stage: Stage, layer: MoeLayer, indices: range) -> Tensor:
         """The block's own output on a stream, of the chosen tokens."""
