@@ -6,8 +6,8 @@ A checkpoint with the real layer shape and random weights is written below a tem
 compressed in a process of its own, and deleted. The peak is the process's `ru_maxrss`: everything
 resident, the libraries too; shards are read, not mapped. Bound: 2 × the largest block + the hidden
 states of the calibration text + 1 GiB, and 20·F² bytes for each assignment solved at a time. Where
-layers are fitted: the largest block + what is kept of it in float32 with gradients and two moments +
-three times the hidden states (the stream, and a layer's inputs and outputs) + 1 GiB.
+layers are fitted: the largest block + what is kept of it in float32 with gradients and two moments
++ three times the hidden states (the stream, and a layer's inputs and outputs) + 1 GiB.
 """
 
 import argparse
