@@ -34,6 +34,7 @@ ORDER = (
     ("analyse",),
     ("study",),
     ("comparison",),
+    ("operators",),
     ("report",),
     ("api",),
     ("cli",),
@@ -357,6 +358,8 @@ def test_every_recipe_parses_and_reads_back_as_it_was_written(path, tmp_path):
     module, name = RECIPES[path.parts[1]]
     if re.search(r"^kind: comparison$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE):
         module, name = "smelt.comparison.settings", "ComparisonRecipe"
+    if re.search(r"^kind: operators$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE):
+        module, name = "smelt.operators.settings", "OperatorsRecipe"
     settings = getattr(importlib.import_module(module), name)
     recipe = load_recipe(ROOT / path, settings)
     dump_recipe(recipe, tmp_path / "written.yaml")

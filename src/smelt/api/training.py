@@ -57,7 +57,16 @@ def study(
     path = find_recipe(recipe, "study")
     kept = None if records is None else Records(Path(records))
     how: dict[str, Any] = {"only": only, "jobs": jobs, "threads": threads, "records": kept}
-    if "kind" in read_values(path, StudyRecipe):
+    kind = read_values(path, StudyRecipe).get("kind")
+    if kind == "operators":
+        from smelt.operators.runner import run_operators
+        from smelt.operators.settings import OperatorsRecipe
+        from smelt.operators.tables import results as of_operators
+
+        operators = load_recipe(path, OperatorsRecipe, overrides)
+        failed = run_operators(operators, **how).failed
+        return {"rows": of_operators(operators, only), "failed": failed}
+    if kind is not None:
         comparison = load_recipe(path, ComparisonRecipe, overrides)
         ran = run_comparison(comparison, **how)
         return {**compared(comparison, only), "failed": ran.failed}

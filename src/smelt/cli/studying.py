@@ -19,8 +19,8 @@ def study(
     recipe: Annotated[
         Path,
         typer.Argument(
-            help="A study of training or, with kind: comparison, of compression: a recipe file, or "
-            "the name of one that comes along (samoe, mc-smoe, tiny)."
+            help="A study of training or, with kind: comparison or operators, of compression: a "
+            "recipe file, or the name of one that comes along (samoe, mc-smoe, operators, tiny)."
         ),
     ],
     only: Annotated[str | None, typer.Option("--only", help="One part of it.")] = None,
@@ -68,7 +68,25 @@ def study(
 
     recipe = find_recipe(recipe, "study")
     kept = None if records is None else Records(records)
-    if "kind" in read_values(recipe, StudyRecipe):
+    kind = read_values(recipe, StudyRecipe).get("kind")
+    if kind == "operators":
+        from smelt.cli.operating import operate
+        from smelt.operators.settings import OperatorsRecipe
+
+        if decode or latency:
+            raise RecipeError("--decode and --latency are not of a study of operators. Drop them.")
+        operate(
+            screen,
+            load_recipe(recipe, OperatorsRecipe, settings or ()),
+            only,
+            jobs=jobs,
+            threads=threads,
+            table=table,
+            dry_run=dry_run,
+            records=kept,
+        )
+        return
+    if kind is not None:
         from smelt.cli.comparing import compare
         from smelt.comparison.settings import ComparisonRecipe
 

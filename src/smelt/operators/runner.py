@@ -1,0 +1,198 @@
+"""`run_operators`: models, statistics and groups of cells, each in a process of its own."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smelt.errors import RecipeError
+from smelt.operators.settings import Asked, OperatorsRecipe, asked
+from smelt.operators.work import Work
+from smelt.recipe import dump_recipe, expand_environment, find_recipe, load_recipe
+from smelt.study.records import Records
+from smelt.study.runner import WORK as TRAIN
+from smelt.study.runner import OnJob, Ran, carry_out
+from smelt.study.store import Store, flat, read
+from smelt.train.settings import TrainRecipe
+
+WORK = (sys.executable, "-m", "smelt.operators.work")
+"""The command of a job; the name of its file follows."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run in a process of its own."""
+
+    id: str
+    words: Callable[[], list[str]]
+
+    @property
+    def name(self) -> str:
+        return self.id
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A study on disk: what is done of it, and what can be done next."""
+
+    study: OperatorsRecipe
+    only: str | None = None
+
+    @property
+    def store(self) -> Store:
+        return Store(self.study.output)
+
+    def model(self, name: str) -> Path:
+        """The folder of a model: the one that is named, or where it is trained."""
+        given = self.study.models[name]
+        if not _is_recipe(given):
+            return Path(expand_environment(given)).expanduser()
+        return self.store.run(f"models/{name}")
+
+    def ready(self) -> list[Job]:
+        """Jobs whose ground is laid and which are not done."""
+        jobs: dict[str, Job] = {}
+        for one in asked(self.study, self.only):
+            if not self.lacking(one):
+                continue
+            job = self._next(one)
+            jobs.setdefault(job.id, job)
+        return list(jobs.values())
+
+    def lacking(self, one: Asked) -> list[str]:
+        """The cells of a group that are not done."""
+        rows = (read(self.store.beside(one.group.id, "json")) or {}).get("rows", {})
+        return [
+            cell_name(*cell)
+            for cell, tasks in one.cells.items()
+            if "nats" not in (row := rows.get(cell_name(*cell), {}))
+            or any(task not in row.get("tasks", {}) for task in tasks)
+        ]
+
+    def _next(self, one: Asked) -> Job:
+        """What a group waits for: its model, its statistics, or nothing but itself."""
+        group, store = one.group, self.store
+        folder = self.model(group.model)
+        if _is_recipe(self.study.models[group.model]) and not (folder / "config.json").is_file():
+            return Job(f"models/{group.model}", lambda: self._train(group.model))
+        stats = store.run(group.statistics + ".stats")
+        if not (stats / "stats.json").is_file():
+            job = f"{group.statistics}/statistics"
+            return Job(job, lambda: self._words(job, self._work(one, "statistics", stats)))
+        return Job(group.id, lambda: self._words(group.id, self._work(one, "cells", stats)))
+
+    def _work(self, one: Asked, kind: Any, stats: Path) -> Work:
+        group, study = one.group, self.study
+        calibration = study.calibration(group)
+        shared = {
+            "kind": kind,
+            "model": str(self.model(group.model)),
+            "stats": str(stats),
+            "result": str(self.store.beside(group.id, "json")),
+            "calibration": calibration,
+        }
+        if kind == "statistics":
+            return Work(**shared)
+        return Work(
+            **shared,
+            held_out=study.held_out,
+            cells={cell_name(*cell): study.compression(group, *cell) for cell in one.cells},
+            tasks={cell_name(*cell): tasks for cell, tasks in one.cells.items()},
+            task_limit=study.task_limit,
+        )
+
+    def _words(self, job: str, work: Work) -> list[str]:
+        path = self.store.beside(job, "yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dump_recipe(work, path)
+        return [*WORK, str(path)]
+
+    def _train(self, name: str) -> list[str]:
+        recipe = load_recipe(find_recipe(self.study.models[name], "train"), TrainRecipe)
+        recipe = recipe.model_copy(update={"output": str(self.model(name))})
+        path = self.store.beside(f"models/{name}", "yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dump_recipe(recipe, path)
+        return [*TRAIN, "train", str(path)]
+
+
+def run_operators(
+    study: OperatorsRecipe,
+    *,
+    only: str | None = None,
+    jobs: int = 2,
+    threads: int = 1,
+    records: Records | None = None,
+    on_job: OnJob[Job] = lambda job, what, seconds: None,
+) -> Ran:
+    """Do all of a study that is not done yet; what is done stays, cell by cell.
+
+    Args:
+        only: a part.
+        jobs: processes at a time.
+        threads: of each process.
+        records: finished groups of earlier calls, elsewhere perhaps; those of this one are added.
+        on_job: told of every beginning and end.
+
+    Raises:
+        RecipeError: no such part, a variant that cannot be, a finished cell that had other
+            settings, a study that another process is running.
+    """
+    progress = Progress(study, only)
+    wanted = asked(study, only)
+    for one in wanted:
+        for cell in one.cells:
+            study.compression(one.group, *cell)
+
+    def begin() -> None:
+        if records is not None:
+            records.check_writable()
+            records.restore(progress.store)
+        check_settings(progress, wanted)
+        dump_recipe(study, progress.store.folder / "operators.yaml")
+
+    def settle(job: Job) -> None:
+        if records is not None and job.id in {one.group.id for one in wanted}:
+            records.keep(progress.store, job.id)
+
+    return carry_out(
+        progress.store,
+        progress.ready,
+        lambda job: job.words(),
+        settle,
+        begin=begin,
+        jobs=jobs,
+        threads=threads,
+        on_job=on_job,
+    )
+
+
+def cell_name(variant: str, fit: str) -> str:
+    """A cell's name among those of its group."""
+    return f"{variant}, {fit}"
+
+
+def check_settings(progress: Progress, wanted: list[Asked]) -> None:
+    """A finished cell with other settings than the recipe's is a RecipeError."""
+    for one in wanted:
+        rows = (read(progress.store.beside(one.group.id, "json")) or {}).get("rows", {})
+        for cell in one.cells:
+            before = rows.get(cell_name(*cell), {}).get("recipe")
+            if before is None:
+                continue
+            now = progress.study.compression(one.group, *cell).model_dump(
+                mode="json", exclude={"source", "output"}
+            )
+            was, new = flat(before), flat(now)
+            for key in sorted(was.keys() & new.keys()):
+                if was[key] != new[key]:
+                    raise RecipeError(
+                        f"{progress.store.beside(one.group.id, 'json')}: {cell_name(*cell)} was "
+                        f"made with {key} = {was[key]!r}, the recipe says {new[key]!r}. Restore "
+                        "the setting, or remove that file, or name another output."
+                    )
+
+
+def _is_recipe(model: str) -> bool:
+    return model.endswith(".yaml")

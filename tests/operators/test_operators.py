@@ -1,0 +1,159 @@
+"""Laws of a study of operators: cells are done once, alone, and tables are made of their rows."""
+
+import json
+import math
+
+import pytest
+
+from commands import make_source, smelt
+from smelt import api
+from smelt.errors import RecipeError
+from smelt.operators.settings import OperatorsRecipe, asked
+from smelt.recipe import check_recipe, dump_recipe
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("operators")
+    make_source(folder / "source")
+    text = {"text": [str(folder / "text.txt")], "sequence_length": 32, "batch_size": 4}
+    return {
+        "kind": "operators",
+        "output": str(folder / "out"),
+        "models": {"tiny": str(folder / "source")},
+        "calibrations": {"own": {**text, "num_tokens": 2000}},
+        "held_out": {"a": {**text, "num_tokens": 500}, "b": {**text, "num_tokens": 300}},
+        "keep": [0.5],
+        "seeds": [0, 1],
+        "baselines": ["reap", "frequency"],
+        "variants": {
+            "reap": {"method": "reap"},
+            "frequency": {"method": "frequency"},
+            "mapped": {"method": "redirect", "form": "mapped", "budget": "uniform"},
+        },
+        "fits": {"short": {"steps": 5, "batch_tokens": 128}},
+        "parts": {
+            "main": {},
+            "mapped": {"variants": ["mapped"], "fits": ["none"], "seeds": [0]},
+        },
+    }
+
+
+def recipe(values, **changes):
+    return check_recipe({**values, **changes}, OperatorsRecipe)
+
+
+@pytest.fixture(scope="module")
+def study(values, tmp_path_factory):
+    """The study, done once: its recipe, its file, and what the command said."""
+    made = recipe(values)
+    path = tmp_path_factory.mktemp("recipe") / "operators.yaml"
+    dump_recipe(made, path)
+    records = path.with_name("records.jsonl")
+    done = smelt("study", path, "--jobs", 1, "--records", records)
+    assert done.code == 0, done.err
+    return made, path, records, done
+
+
+def test_every_cell_has_a_row_and_the_table_shows_it(study):
+    _, path, _, done = study
+    rows = smelt("study", path, "--table", "--json").json
+    assert len(rows) == 2 * 3 * 2
+    for row in rows:
+        assert set(row["nats"]) == set(row["original"]["nats"]) == {"a", "b"}
+        assert row["seconds"] > 0
+        assert row["peak_bytes"] > 1e8
+        assert row["experts"] == [4, 4]
+        assert len(row["errors"]) == (2 if row["fit"] == "short" else 0)
+    reap = [r for r in rows if (r["variant"], r["fit"]) == ("reap", "none")]
+    mean = sum(math.exp(r["nats"]["a"] - r["original"]["nats"]["a"]) for r in reap) / 2
+    assert f"| reap | none | {mean:.3f} ± " in " ".join(done.out.split())
+    assert "cells are left" not in done.out
+
+
+def test_a_cell_is_what_the_commands_make_of_its_settings(study, values, tmp_path):
+    _, path, _, _ = study
+    rows = smelt("study", path, "--table", "--json").json
+    row = next(r for r in rows if (r["variant"], r["fit"], r["seed"]) == ("reap", "short", 1))
+    calibration = {**values["calibrations"]["own"], "seed": 1}
+    api.compress(
+        values["models"]["tiny"],
+        tmp_path / "out",
+        keep=0.5,
+        method="reap",
+        reconstruct=values["fits"]["short"],
+        seed=1,
+        calibration=calibration,
+    )
+    plan = json.loads((tmp_path / "out" / "smelt" / "plan.json").read_text())
+    fits = [[layer["fit"]["before"], layer["fit"]["after"]] for layer in plan["layers"]]
+    assert row["errors"] == fits
+
+
+def test_what_is_done_is_not_done_again(study, monkeypatch):
+    _, path, _, _ = study
+    ran = api.study(path)
+    assert len(ran["rows"]) == 12
+    assert not ran["failed"]
+    dry = smelt("study", path, "--dry-run", "--json").json
+    assert {group["left"] for group in dry} == {0}
+
+
+def test_records_lay_a_study_out_elsewhere(study, tmp_path):
+    _, path, records, done = study
+    elsewhere = ["--set", f"output={tmp_path / 'new'}", "--records", records]
+    again = smelt("study", path, "--table", *elsewhere)
+    assert again.code == 0
+    assert again.out == done.out
+
+
+@pytest.mark.usefixtures("study")
+def test_a_new_variant_adds_its_cells_alone(values, tmp_path):
+    more = {**values["variants"], "hc-smoe": {"method": "hc-smoe"}}
+    wider = recipe(values, variants=more)
+    dump_recipe(wider, tmp_path / "wider.yaml")
+    dry = smelt("study", tmp_path / "wider.yaml", "--dry-run", "--json").json
+    assert [group["left"] for group in dry] == [2, 2]
+
+
+def test_a_part_names_its_cells(values):
+    found = asked(recipe(values), "mapped")
+    assert [(one.group.seed, list(one.cells)) for one in found] == [(0, [("mapped", "none")])]
+    with pytest.raises(RecipeError, match="main, mapped"):
+        asked(recipe(values), "other")
+
+
+def test_a_finished_cell_of_other_settings_is_refused(study, values, tmp_path):
+    changed = {**values["variants"], "reap": {"method": "reap", "protect": [1]}}
+    dump_recipe(recipe(values, variants=changed), tmp_path / "changed.yaml")
+    refused = smelt("study", tmp_path / "changed.yaml")
+    assert refused.code == 2
+    assert "protect" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": {"a": {"variants": ["no"]}}}, "there is no 'no' among variants"),
+        ({"parts": {"a": {"fits": ["no"]}}}, "among fits"),
+        ({"baselines": ["no"]}, "no variant 'no'"),
+        ({"models": {}}, "models"),
+    ],
+)
+def test_names_that_are_not_there_are_refused(values, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe(values, **changes)
+
+
+def test_a_variant_that_cannot_be_is_named_before_anything_runs(values, tmp_path):
+    wrong = recipe(
+        {**values, "parts": {"main": {}}},
+        output=str(tmp_path / "out"),
+        variants={"x": {"metod": "reap"}},
+        baselines=[],
+    )
+    dump_recipe(wrong, tmp_path / "wrong.yaml")
+    refused = smelt("study", tmp_path / "wrong.yaml")
+    assert refused.code == 2
+    assert "variant x" in refused.err
+    assert not (tmp_path / "out").exists()
