@@ -76,7 +76,7 @@ class Case:
         more = {"align": self.align} if self.align else {}
         workers = {"workers": self.solves} if self.solves else {}
         if self.is_fitted:
-            more["reconstruct"] = {"steps": 4, "evaluations": 2}
+            more["reconstruct"] = {"steps": 4, "evaluations": 2, "target": "layer"}
         return {
             "method": "reap" if self.is_fitted else "m-smoe",
             "experts": self.experts,

@@ -225,20 +225,23 @@ class DecomposeRecipe(Settings):
 class ReconstructRecipe(Settings):
     """What is kept of each layer, fitted to what the whole layer did on calibration tokens.
 
-    First the down projections in closed form, then gradient steps; a share of the tokens is held
-    out and decides what is kept, so that no layer ends worse than it began.
+    By gradient steps and, before them or instead, the down projections in closed form; a share of
+    the tokens is held out and decides what is kept, so that no layer ends worse than it began. The
+    defaults are what did best on the embedded checkpoint (LAB.md, 2026-11-28).
     """
 
-    target: Literal["layer", "sequential", "corrected"] = "layer"
+    # None: corrected, and sequential in blocks that do not add their experts' output as it is; of
+    # the inputs that statistics keep: layer.
+    target: Literal["layer", "sequential", "corrected"] | None = None
     experts: bool = True
     router: bool = True
     biases: bool = True  # of both
     inputs: Literal["walk", "sample"] = "walk"  # sample: the inputs that the statistics keep
     tokens: int | None = Field(default=None, ge=64)  # None: all that are calibrated on
     held_out: float = Field(default=0.1, gt=0, lt=1)
-    closed_form: bool = True
+    closed_form: bool = False  # before the steps; alone with steps: 0
     ridge: float = Field(default=1e-2, gt=0)  # of the closed form, by the Grams' mean diagonal
-    steps: int = Field(default=300, ge=0)
+    steps: int = Field(default=600, ge=0)
     seconds: float | None = Field(default=None, gt=0)  # of gradient steps, per layer at most
     batch_tokens: int = Field(default=1024, ge=1)
     rate: float = Field(default=0.03, gt=0)  # Adam's step, as a share of a parameter's size

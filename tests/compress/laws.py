@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from checkpoints import save
 from smelt.checkpoint import mapped
@@ -54,6 +55,15 @@ class Ground:
     ) -> "Ground":
         mapped.register()
         save(family, folder, **settings)
+        return cls.at(folder, given)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, folder: Path) -> "Ground":
+        model.save_pretrained(folder)
+        return cls.at(folder)
+
+    @classmethod
+    def at(cls, folder: Path, given: list[Batch] | None = None) -> "Ground":
         checkpoint = Checkpoint.open(folder)
         stats = calibrate(checkpoint, given or batches(2), text="tokens", sample_tokens=64)
         return cls(folder, checkpoint, read_facts(checkpoint), stats)

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from checkpoint.test_every_family import tiny_model
 from compress.laws import Ground
+from every_family import experts_classes
 from reference.reconstruction import relative_error
 from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.inputs import Batch
@@ -17,7 +19,7 @@ from smelt.compress.reconstructor import Reconstructor
 from smelt.compress.walking import apply_walking
 from smelt.errors import PlanError
 
-QUICK = {"steps": 25, "batch_tokens": 64}
+QUICK = {"steps": 25, "batch_tokens": 64, "target": "layer", "closed_form": True}
 TOKENS = torch.randint(3, 90, (16, 80), generator=torch.Generator().manual_seed(2))
 FIT = Reconstructor.fit
 MORE = {**QUICK, "steps": 100}
@@ -279,6 +281,21 @@ def test_a_plan_can_be_fitted_to_the_inputs_that_the_statistics_keep(ground, tmp
     y, wanted = Seen(out).moe(0, x), Seen(ground.folder).moe(0, x)
     found = fits(out)["model.layers.0.mlp"]
     assert found.after == pytest.approx(relative_error(y[held], wanted[held]), rel=2e-3)
+
+
+def test_a_block_that_changes_its_experts_output_is_fitted_to_its_own_inputs(tmp_path):
+    """Blocks of FlexOlmo normalise what the experts give: no output of the block is a target."""
+    kind = next(each for each in experts_classes() if each.name == "FlexOlmoExperts")
+    made = Ground.of(tiny_model(kind), tmp_path / "source")
+    by_default = {k: v for k, v in QUICK.items() if k != "target"}
+    out = compress(made, tmp_path / "out", form="stock", reconstruct=by_default)
+    same = compress(
+        made, tmp_path / "same", form="stock", reconstruct={**QUICK, "target": "sequential"}
+    )
+    assert [f.after for f in fits(out).values()] == [f.after for f in fits(same).values()]
+    with pytest.raises(PlanError, match="Use target: sequential"):
+        compress(made, tmp_path / "no", form="stock", reconstruct={**QUICK, "target": "corrected"})
+    assert not (tmp_path / "no.partial").exists()
 
 
 def test_a_diverging_fit_is_reported_and_the_run_goes_on(ground, tmp_path):

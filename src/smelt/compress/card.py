@@ -59,9 +59,10 @@ def _fit(plan: Plan) -> str:
     if recipe is None:
         return ""
     parts = [n for n in ("experts", "router") if getattr(recipe, n)]
+    target = recipe.target or ("layer" if recipe.inputs == "sample" else "corrected")
     return (
         f"What is kept of each layer ({' and '.join(parts)}) was fitted to what the layer did on "
-        f"that text, target `{recipe.target}`; errors before and after are in the plan."
+        f"that text, target `{recipe.target or 'corrected'}`; errors before and after are in the plan."
     )
 
 

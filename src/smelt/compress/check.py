@@ -90,7 +90,7 @@ def _check_reconstruct(recipe: CompressRecipe) -> None:
             "sequential decides layers on the compressed stream, reconstruct.target = layer fits "
             "them on the original one. Set reconstruct.target: sequential or corrected."
         )
-    if inputs == "sample" and (target != "layer" or is_sequential):
+    if inputs == "sample" and (target not in (None, "layer") or is_sequential):
         raise PlanError(
             "the inputs that the statistics keep are of the original stream: with "
             "reconstruct.inputs = sample, set reconstruct.target: layer, and not sequential."

@@ -120,7 +120,7 @@ def fit(
             state.put(kept)
     steps = best_step = 0
     curve = [(0, best)]
-    for steps, ended in _descend(judge, state, recipe, seed) if best else ():
+    for steps, ended in _descend(judge, state, start, recipe, seed) if best else ():
         error = judge.error()
         curve.append((steps, error))
         if error < best:
@@ -219,12 +219,16 @@ class _Judge:
 
 
 def _descend(
-    judge: _Judge, state: _State, recipe: ReconstructRecipe, seed: int
+    judge: _Judge,
+    state: _State,
+    start: Mapping[str, Tensor],
+    recipe: ReconstructRecipe,
+    seed: int,
 ) -> Iterator[tuple[int, Literal["done", "out of time"]]]:
     """Adam steps; yields after every so many of them, and after the last."""
     if not recipe.steps or not state.parameters:
         return
-    start = {n: p.detach().clone() for n, p in state.parameters.items()} if recipe.anchor else {}
+    pulls = _pulls(start, recipe.anchor)
     optimiser, sizes = _optimiser(state.parameters.values(), recipe.rate)
     batches = _batches(judge.sample, recipe.batch_tokens, seed)
     every = max(1, recipe.steps // recipe.evaluations)
@@ -245,16 +249,30 @@ def _descend(
             if p.grad is None:  # a process without tokens of this batch
                 p.grad = torch.zeros_like(p)
         judge.reduce([p.grad for p in state.parameters.values() if p.grad is not None])
-        for name, value in start.items():
-            p = state.parameters[name]
-            assert p.grad is not None
-            p.grad.add_(p.detach() - value, alpha=2 * recipe.anchor / float(value.square().sum()))
+        for name, weight in pulls.items():
+            _pull(state.parameters[name], start[name], weight)
         optimiser.step()
         if share >= 1:
             yield step, "out of time"
             return
         if step % every == 0 or step == recipe.steps:
             yield step, "done"
+
+
+def _pulls(start: Mapping[str, Tensor], anchor: float) -> dict[str, float]:
+    """By parameter, what a difference from the start weighs: 2 · anchor / ‖start‖²."""
+    if not anchor:
+        return {}
+    squares = {n: sum(float(row.float().square().sum()) for row in t) for n, t in start.items()}
+    return {name: 2 * anchor / (square or 1.0) for name, square in squares.items()}
+
+
+@torch.no_grad()
+def _pull(parameter: Tensor, start: Tensor, weight: float) -> None:
+    """Add the gradient of the anchor; a row at a time, for its memory."""
+    assert parameter.grad is not None
+    for grad, now, before in zip(parameter.grad, parameter, start, strict=True):
+        grad.add_(now - before.to(now), alpha=weight)
 
 
 def _optimiser(parameters: Iterable[Tensor], rate: float) -> tuple[torch.optim.Adam, list[float]]:

@@ -28,7 +28,7 @@ from smelt.compress.align import Aligner
 from smelt.compress.apply import check_plan, decided, finish, run_key, stage_names, stage_tensors
 from smelt.compress.auto import Chooser
 from smelt.compress.calibrate import Collector, Progress, RoutingStats, last_block
-from smelt.compress.capture import Capture, check_adds_up, first_tensor
+from smelt.compress.capture import Capture, adds_up, first_tensor
 from smelt.compress.decide import layer_seed, regroup
 from smelt.compress.done import Done
 from smelt.compress.factoring import is_decided
@@ -110,7 +110,7 @@ class _Walking:
         self.progress = progress
         self.stages = stage_names(self.checkpoint)
         self.last = last_block(self.facts.anatomy.layers, self.stages)
-        target = None if self.recipe is None else self.recipe.target
+        target = None if self.recipe is None else self.recipe.target or "corrected"
         self.is_compressed_stream = self.is_sequential or target != "layer"
         own = [batches[index] for index in processes.share(len(batches))]
         count = len(own)
@@ -201,9 +201,15 @@ class _Walking:
         samples = self._samples(caught)
         if self.original:
             last = layers[-1]
-            check_adds_up(stage, last, self.stream[0])
-            wanted = self._outputs(stage, last, self.original)
-            samples[last.name] = _corrected(samples[last.name], here, wanted)
+            if adds_up(stage, last, self.stream[0]):
+                wanted = self._outputs(stage, last, self.original)
+                samples[last.name] = _corrected(samples[last.name], here, wanted)
+            elif self.recipe is not None and self.recipe.target is not None:
+                raise PlanError(
+                    f"reconstruct.target = corrected: block {stage.name} does not add its experts' "
+                    "output to its own as it is, so what the layer should give cannot be told "
+                    "from the block's output. Use target: sequential."
+                )
         with self._without_experts(stage, is_over=False):
             return self._fitted(stage, self._compressed(stage, samples), samples)
 
