@@ -274,9 +274,9 @@ class AutoRecipe(Settings):
 
 AUTO_CANDIDATES = {
     "stock": ("reap", "ean", "m-smoe-saliency", "hc-smoe", "ream"),
-    "mapped": ("m-smoe-saliency", "reap", "m-smoe", "hc-smoe", "ream"),
+    "mapped": ("reap-redirect", "m-smoe-saliency", "reap", "hc-smoe", "ream"),
 }
-"""What `auto` tries; the first one's score spends the budget."""
+"""What `auto` tries."""
 
 DEFAULT_METHODS = {"stock": "reap", "mapped": "m-smoe-saliency", "expanded": "m-smoe-saliency"}
 """What won the study (LAB.md, 2026-11-22); only the stock form can drop experts."""

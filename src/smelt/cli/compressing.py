@@ -23,7 +23,7 @@ Method = Annotated[
     typer.Option(
         "--method",
         help="reap, frequency, ean, prune (drop); mone (vectors for experts); m-smoe, "
-        "m-smoe-saliency, hc-smoe, ream, merge-moe, sub-moe, redirect, average, zipit, repair, "
+        "m-smoe-saliency, reap-redirect, hc-smoe, ream, merge-moe, sub-moe, redirect, average, zipit, repair, "
         "git-rebasin, fisher, regmean (merge); or module:function.",
     ),
 ]

@@ -62,7 +62,7 @@ def _fit(plan: Plan) -> str:
     target = recipe.target or ("layer" if recipe.inputs == "sample" else "corrected")
     return (
         f"What is kept of each layer ({' and '.join(parts)}) was fitted to what the layer did on "
-        f"that text, target `{recipe.target or 'corrected'}`; errors before and after are in the plan."
+        f"that text, target `{target}`; errors before and after are in the plan."
     )
 
 

@@ -37,6 +37,10 @@ METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:25
     "frequency": Method(operator="drop", score="count"),
     "ean": Method(operator="drop", score="ean"),
     "reap": Method(operator="drop", score="mean-saliency"),
+    # Ours: REAP's experts, and the tokens of the others go to the most similar one that stays.
+    "reap-redirect": Method(
+        operator="merge", score="mean-saliency", align="none", weights="dominant"
+    ),
     # What the M-SMoE paper compares with, on the same budget and in the same groups.
     "prune": _m_smoe(operator="drop"),
     "redirect": _m_smoe(align="none", weights="dominant"),
@@ -69,12 +73,14 @@ METHODS_TABLE: dict[str, Method] = {  # M-SMoE: arXiv:2310.01334; REAP: arXiv:25
 def resolve(recipe: CompressRecipe) -> Method:
     """The method a recipe names, with the coordinates that the recipe sets itself.
 
-    Of `auto` it is the first candidate: its score says how the budget is spent.
+    Of `auto` it is the first candidate, with as many experts in every layer.
 
     A stock checkpoint has as many experts in every layer: where the recipe says nothing about the
     budget, its form decides.
     """
     method = find(METHODS_TABLE, recipe.candidates[0], "method")
+    if recipe.method == "auto":
+        method = replace(method, budget="uniform")
     if recipe.form == "stock" and method.budget == "global" and recipe.budget is None:
         method = replace(method, budget="uniform")
     own = {f.name: getattr(recipe, f.name, None) for f in fields(Method)}
