@@ -23,8 +23,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         help="reap, frequency, ean, prune (drop); mone (vectors for experts); m-smoe, "
-        "m-smoe-saliency, reap-redirect, hc-smoe, ream, merge-moe, sub-moe, redirect, average, zipit, repair, "
-        "git-rebasin, fisher, regmean (merge); or module:function.",
+        "m-smoe-saliency, reap-redirect, hc-smoe, ream, merge-moe, sub-moe, redirect, average, "
+        "zipit, repair, git-rebasin, fisher, regmean (merge); auto; or module:function.",
     ),
 ]
 Rank = Annotated[
