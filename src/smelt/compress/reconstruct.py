@@ -208,6 +208,12 @@ class _Judge:
             return float(found > 0)
         return found / float(self.held_norm)
 
+    def agreed(self, seconds: float) -> float:
+        """The mean over processes: all of them stop at the same step."""
+        sums = torch.tensor([seconds, 1.0], dtype=torch.float64, device=self.sample.x.device)
+        self.reduce([sums])
+        return float(sums[0] / sums[1])
+
     def loss(self, rows: Tensor, num_tokens: int) -> Tensor:
         """Of these tokens, a part of a batch of `num_tokens`: about 1 where nothing is matched."""
         return self._squares(rows).sum() / (num_tokens * self.mean_norm or 1.0)
@@ -236,7 +242,7 @@ def _descend(
     for step in range(1, recipe.steps + 1):
         share = (step - 1) / recipe.steps
         if recipe.seconds is not None:
-            share = max(share, (time.monotonic() - begun) / recipe.seconds)
+            share = max(share, judge.agreed(time.monotonic() - begun) / recipe.seconds)
         warm = min(1.0, step / max(1.0, 0.05 * recipe.steps))
         for group, size in zip(optimiser.param_groups, sizes, strict=True):
             group["lr"] = recipe.rate * size * warm * (1 + cos(pi * min(1.0, share))) / 2

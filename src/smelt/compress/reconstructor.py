@@ -54,6 +54,8 @@ class Reconstructor:
             return
         try:
             found = self.original.outputs(layer, x).float()
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
             raise PlanError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
         if (found - wanted).norm() > 0.1 * wanted.norm():
