@@ -114,7 +114,7 @@ class Seen:
         return first.reshape(x.shape)
 
 
-HELD = (torch.arange(len(TOKENS)) % 4 == 3).repeat_interleave(TOKENS.shape[1])
+HELD = (torch.arange(len(TOKENS)) >= 12).repeat_interleave(TOKENS.shape[1])  # the last quarter
 
 
 @pytest.mark.parametrize("target", TARGETS)

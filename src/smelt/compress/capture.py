@@ -1,7 +1,7 @@
 """The tokens that a layer is fitted on: what goes into it and what comes out, as a model is walked.
 
-The last of every so many sequences is held out. Tokens of several processes keep the order that
-they have in one.
+The last sequences are held out: documents follow each other in them, so those are mostly others.
+Tokens of several processes keep the order that they have in one.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ class Chosen:
 
         Args:
             masks: [B, T] of each batch; True: a real token.
-            share: held out: the last of every 1/share sequences, or runs of tokens where there are
-                too few of them.
+            share: held out: of the sequences, the last ones; where there are too few, runs of
+                tokens.
         """
         rows: list[Tensor] = []
         sequence: list[Tensor] = []
@@ -60,9 +60,8 @@ class Chosen:
 
 def _held_out(sequence: Tensor, count: int, share: float) -> Tensor:
     """Which tokens are held out, by the number of each one's sequence."""
-    every = max(2, round(1 / share))
-    if count >= every:
-        return sequence % every == every - 1
+    if count * share >= 1:
+        return sequence >= count - round(count * share)
     return held_out_runs(len(sequence), share)
 
 

@@ -25,7 +25,7 @@ Reduce = Callable[[Sequence[Tensor]], None]
 Solve = Callable[["LayerSample", Reduce], None]
 """Changes the parameters in closed form; its effect is judged like any other step's."""
 
-_CHUNK = 2048
+_CHUNK = 1024
 """Tokens whose error is taken at once."""
 
 
@@ -248,7 +248,6 @@ def _descend(
             group["lr"] = recipe.rate * size * warm * (1 + cos(pi * min(1.0, share))) / 2
         rows, count = next(batches)
         # One product for the whole batch: a second one's gradients would lie beside the first's.
-        optimiser.zero_grad(set_to_none=True)
         if len(rows):
             judge.loss(rows, count).backward()
         for p in state.parameters.values():
@@ -258,6 +257,7 @@ def _descend(
         for name, weight in pulls.items():
             _pull(state.parameters[name], start[name], weight)
         optimiser.step()
+        optimiser.zero_grad(set_to_none=True)  # not kept while the error is taken
         if share >= 1:
             yield step, "out of time"
             return
