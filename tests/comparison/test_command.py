@@ -47,7 +47,7 @@ def test_a_start_that_is_named_is_not_trained(tmp_path):
 def test_a_name_that_no_recipe_has_is_told_those_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = smelt("study", "mc-smo", "--dry-run")
-    assert done.code == 2 and "one of mc-smoe, mc-smoe-tiny, samoe, tiny" in done.err
+    assert done.code == 2 and "one of mc-smoe, mc-smoe-tiny, operators, samoe, tiny" in done.err
     (tmp_path / "tiny").write_text("variants: 1\n")  # a file of that name is what is meant
     assert "variants" in smelt("study", "tiny", "--dry-run").err
 

@@ -1,16 +1,17 @@
 """`smelt study` of a comparison: its cells, where they stand, and its tables."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from smelt.cli.screen import Screen, Stopped, clock
 
 if TYPE_CHECKING:
-    from smelt.comparison.schedule import Job
     from smelt.comparison.settings import ComparisonRecipe
     from smelt.study.records import Records
+    from smelt.study.runner import Ran
 
 
 def compare(
@@ -26,7 +27,7 @@ def compare(
     records: "Records | None" = None,
 ) -> None:
     """Run what is not done, then show the tables; or one of the two; or list the jobs."""
-    from smelt.comparison.runner import check_part, restore
+    from smelt.comparison.runner import check_part, restore, run_comparison
     from smelt.comparison.schedule import Progress
 
     check_part(read, only)
@@ -37,32 +38,31 @@ def compare(
         return
     failed: dict[str, str] = {}
     if not table:
-        failed = _run(screen, read, only, jobs, threads, records)
+        failed = told(
+            screen,
+            read.output,
+            lambda on_job: run_comparison(
+                read, only=only, jobs=jobs, threads=threads, records=records, on_job=on_job
+            ),
+        )
     _tables(screen, read, only, threads, records, latency=latency)
     if failed:
         raise typer.Exit(1)
 
 
-def _run(
-    screen: Screen,
-    read: "ComparisonRecipe",
-    only: str | None,
-    jobs: int,
-    threads: int,
-    records: "Records | None",
+def told(
+    screen: Screen, output: str, run: Callable[[Callable[[Any, str, float], None]], "Ran"]
 ) -> dict[str, str]:
-    from smelt.comparison.runner import run_comparison
+    """Run jobs and tell of each; names of those that failed, and why. A stop says what is kept."""
 
-    def on_job(job: "Job", what: str, seconds: float) -> None:
+    def on_job(job: Any, what: str, seconds: float) -> None:
         after = "" if what == "started" else f" after {clock(seconds)}"
         screen.note(f"{job.id}: {what}{after}")
 
     try:
-        return run_comparison(
-            read, only=only, jobs=jobs, threads=threads, records=records, on_job=on_job
-        ).failed
+        return run(on_job).failed
     except Stopped as stopped:
-        stopped.kept = Path(read.output)
+        stopped.kept = Path(output)
         raise
 
 

@@ -1,14 +1,14 @@
 """`smelt study` of operators: its cells, where they stand, and its tables."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from smelt.cli.screen import Screen, Stopped, clock
+from smelt.cli.comparing import told
+from smelt.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from smelt.operators.runner import Job, Progress
+    from smelt.operators.runner import Progress
     from smelt.operators.settings import OperatorsRecipe
     from smelt.study.records import Records
 
@@ -25,7 +25,7 @@ def operate(
     records: "Records | None" = None,
 ) -> None:
     """Run what is not done, then show the tables; or one of the two; or list the cells."""
-    from smelt.operators.runner import Progress
+    from smelt.operators.runner import Progress, run_operators
     from smelt.operators.settings import asked
     from smelt.operators.tables import report, results
 
@@ -38,35 +38,18 @@ def operate(
         return
     failed: dict[str, str] = {}
     if not table:
-        failed = _run(screen, read, only, jobs, threads, records)
+        failed = told(
+            screen,
+            read.output,
+            lambda on_job: run_operators(
+                read, only=only, jobs=jobs, threads=threads, records=records, on_job=on_job
+            ),
+        )
     rows = results(read, only)
     left = sum(len(progress.lacking(one)) for one in wanted)
     screen.result(rows, report(read, rows, left))
     if failed:
         raise typer.Exit(1)
-
-
-def _run(
-    screen: Screen,
-    read: "OperatorsRecipe",
-    only: str | None,
-    jobs: int,
-    threads: int,
-    records: "Records | None",
-) -> dict[str, str]:
-    from smelt.operators.runner import run_operators
-
-    def on_job(job: "Job", what: str, seconds: float) -> None:
-        after = "" if what == "started" else f" after {clock(seconds)}"
-        screen.note(f"{job.id}: {what}{after}")
-
-    try:
-        return run_operators(
-            read, only=only, jobs=jobs, threads=threads, records=records, on_job=on_job
-        ).failed
-    except Stopped as stopped:
-        stopped.kept = Path(read.output)
-        raise
 
 
 def _list(screen: Screen, progress: "Progress") -> None:
