@@ -111,6 +111,17 @@ def test_a_start_that_is_the_target_stays_bit_for_bit(problem):
     assert found.ended == "no better"
 
 
+def test_what_rounding_undoes_is_not_taken_for_better(problem):
+    """The start is the best that 16 bits hold: a fit in 32 bits finds more, and loses it again."""
+    x, target, true, _ = problem
+    start = true.to(torch.bfloat16)
+    weight, found = linear(start.float(), x, target, stored=torch.bfloat16)
+    assert 0 < found.before == found.after
+    assert min(error for _, error in found.curve) < found.before
+    assert found.best_step == 0
+    assert torch.equal(weight, start.float())
+
+
 def test_noise_that_says_nothing_leaves_the_start(problem, generator):
     """Of 40 tokens and a target that is the start's output and noise: no state is better."""
     x, _, true, _ = problem
