@@ -21,7 +21,7 @@ def values(tmp_path_factory):
         "kind": "operators",
         "output": str(folder / "out"),
         "models": {"tiny": str(folder / "source")},
-        "calibrations": {"own": {**text, "num_tokens": 2000}},
+        "calibrations": {"own": {**text, "num_tokens": 2000, "gradients": True}},
         "held_out": {"a": {**text, "num_tokens": 500}, "b": {**text, "num_tokens": 300}},
         "keep": [0.5],
         "seeds": [0, 1],
@@ -29,6 +29,7 @@ def values(tmp_path_factory):
         "variants": {
             "reap": {"method": "reap"},
             "frequency": {"method": "frequency"},
+            "fisher": {"method": "fisher"},
             "mapped": {"method": "redirect", "form": "mapped", "budget": "uniform"},
         },
         "fits": {"short": {"steps": 5, "batch_tokens": 128}},
@@ -58,7 +59,7 @@ def study(values, tmp_path_factory):
 def test_every_cell_has_a_row_and_the_table_shows_it(study):
     _, path, _, done = study
     rows = smelt("study", path, "--table", "--json").json
-    assert len(rows) == 2 * 3 * 2
+    assert len(rows) == 2 * 4 * 2
     for row in rows:
         assert set(row["nats"]) == set(row["original"]["nats"]) == {"a", "b"}
         assert row["seconds"] > 0
@@ -93,7 +94,7 @@ def test_a_cell_is_what_the_commands_make_of_its_settings(study, values, tmp_pat
 def test_what_is_done_is_not_done_again(study, monkeypatch):
     _, path, _, _ = study
     ran = api.study(path)
-    assert len(ran["rows"]) == 12
+    assert len(ran["rows"]) == 16
     assert not ran["failed"]
     dry = smelt("study", path, "--dry-run", "--json").json
     assert {group["left"] for group in dry} == {0}

@@ -20,6 +20,7 @@ class Texts(Settings):
     num_tokens: int = Field(default=65_536, ge=1)
     sequence_length: int = Field(default=256, ge=2)
     batch_size: int = Field(default=16, ge=1)
+    gradients: bool = False  # of calibration text: rule fisher reads them
 
 
 class Part(Settings):
