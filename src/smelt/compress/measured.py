@@ -13,12 +13,12 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.width import hidden_field
 from smelt.compress.calibrate import Progress, RoutingStats
 from smelt.compress.check import (
-    UNITS_MULTIPLE,
     groups_wanted,
     positions,
     protected_experts,
     router_groups_of,
 )
+from smelt.compress.check_stages import UNITS_MULTIPLE
 from smelt.compress.facts import Facts
 from smelt.compress.layer_error import layer_errors
 from smelt.compress.plan import LayerFacts, Plan
