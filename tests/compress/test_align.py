@@ -8,7 +8,7 @@ import torch
 from reference.compression import best_order, unit_vectors
 from reference.samples import KINDS, outputs, random_bank, random_stats, repeated, shuffles
 from smelt.compress import align
-from smelt.compress.align import Aligner, activation_cost, pairs, weight_cost
+from smelt.compress.align import Aligner, activation_cost, joint_cost, pairs, weight_cost
 from smelt.experts import hidden, permute_hidden
 
 
@@ -37,13 +37,15 @@ def test_the_cost_is_the_inner_product_of_all_that_a_unit_is_made_of(kind: str) 
     torch.testing.assert_close(weight_cost(bank, 3, 1).double(), expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("matching", ["weights", "activations"])
+@pytest.mark.parametrize("matching", ["weights", "activations", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reordered_copy_is_put_back_in_order(kind: str, matching: str) -> None:
     bank = repeated(random_bank(kind, F=16, D=6), 8)
     shuffle = shuffles(8, 16)
     mixed = permute_hidden(bank, shuffle)
-    cost = weight_cost if matching == "weights" else activation_cost(random_stats())
+    stats = random_stats()
+    costs = {"weights": weight_cost, "activations": activation_cost(stats)}
+    cost = (costs | {"both": joint_cost(stats)})[matching]
     labels, dominants = torch.tensor([0, 1, 0, 0, 1, 2, 1, 0]), torch.tensor([0, 1, 5])
     with Aligner() as aligner:
         order = aligner.orders(mixed, labels, dominants, cost=cost)
@@ -128,3 +130,13 @@ def test_a_unit_that_never_varies_correlates_with_nothing() -> None:
     cost = activation_cost(random_stats())(bank, 4, 5)
     assert torch.equal(cost[2], torch.zeros(6))
     assert cost.abs().max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matching_by_both_adds_the_cosine_of_two_units_to_their_correlation(kind: str) -> None:
+    bank, stats = random_bank(kind, E=8, D=6), random_stats(D=6)
+    ours, theirs = (
+        v / v.norm(dim=1, keepdim=True) for v in (unit_vectors(bank, 1), unit_vectors(bank, 2))
+    )
+    expected = (ours @ theirs.T).float() + activation_cost(stats)(bank, 1, 2)
+    torch.testing.assert_close(joint_cost(stats)(bank, 1, 2), expected, atol=1e-5, rtol=1e-5)

@@ -149,13 +149,11 @@ def gated_output(evidence: Evidence) -> Float[Tensor, "E E"]:
     stats, bank = evidence.stats, evidence.bank()
     x = stats.input_sample[:_RUN_ON].to(bank.up)
     gate = stats.sample_logits[:_RUN_ON].float().softmax(1)
-    outputs = [
-        (gate[:, e, None] * apply(bank, e, x).float().cpu()).flatten()
-        for e in range(bank.num_experts)
-    ]
-    gram = torch.zeros(len(outputs), len(outputs), dtype=torch.float64)
-    stacked = torch.stack(outputs)
-    for part in stacked.split(max(1, _CHUNK_ELEMENTS // len(outputs)), dim=1):
+    outputs = torch.empty(bank.num_experts, len(x), bank.model_size)
+    for expert, out in enumerate(outputs):
+        torch.mul(gate[:, expert, None], apply(bank, expert, x).float().cpu(), out=out)
+    gram = torch.zeros(bank.num_experts, bank.num_experts, dtype=torch.float64)
+    for part in outputs.flatten(1).split(max(1, _CHUNK_ELEMENTS // bank.num_experts), dim=1):
         gram += (part @ part.T).double()
     return cosine(gram)
 
