@@ -305,7 +305,7 @@ class CompressRecipe(Settings):
     router: str | None = None
     experts: int | None = Field(default=None, ge=1)  # kept per layer, on average
     keep: float | None = Field(default=None, gt=0, le=1)  # or the share of them
-    size: float | None = Field(default=None, gt=0, le=1)  # stock form: or of their bytes; see there
+    size: float | None = Field(default=None, gt=0, le=1)  # or of their bytes (stock form)
     excluded: tuple[int | str, ...] = ()  # layers left as they are: names, or positions from 0
     protect: dict[str, tuple[int, ...]] | tuple[int, ...] = ()  # ids by layer, or in every layer
     min_per_layer: int = Field(default=2, ge=1)

@@ -85,6 +85,12 @@ def test_a_family_with_the_contract_works_end_to_end(name: str, tmp_path: Path) 
         with pytest.raises(PlanError, match="Leave reconstruct out"):
             fitted_on(checkpoint, stats, batches, tmp_path / "fitted")
         assert not (tmp_path / "fitted.partial").exists()
+        settings = {"experts": 4, "method": "reap", "reconstruct": {"inputs": "sample"}}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*numbers for each")
+            with pytest.raises(PlanError, match="Leave reconstruct out"):
+                compress(checkpoint, stats, facts, tmp_path / "sampled", settings)
+        assert not (tmp_path / "sampled.partial").exists()
 
     if name not in every_family.STOCK_ONLY:
         settings = {"experts": 4, "method": "m-smoe"}

@@ -1,14 +1,18 @@
 """A tiny checkpoint and its calibration, as the pipeline's tests share them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from checkpoints import save
 from smelt.checkpoint import mapped
+from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
@@ -83,3 +87,25 @@ class Ground:
                 self.checkpoint, plan, out, batches=batches(2), stats=self.stats, facts=self.facts
             )
         return apply(self.checkpoint, plan, out, stats=self.stats, facts=self.facts)
+
+
+@contextmanager
+def dies_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> Iterator[None]:
+    """Within: the run is killed when it would write one shard more than so many."""
+    written = 0
+    write = sinks.Sink.write
+
+    def dies(self: sinks.Sink, index: int, count: int, tensors: Any) -> None:
+        nonlocal written
+        if written == shards:
+            raise KeyboardInterrupt
+        written += 1
+        write(self, index, count, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sinks.Sink, "write", dies)
+        try:
+            yield
+        except KeyboardInterrupt:
+            return
+    raise AssertionError("it was not killed")

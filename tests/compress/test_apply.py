@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from compress.laws import TOKENS, Ground, batches
+from compress.laws import TOKENS, Ground, batches, dies_after
 from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
@@ -156,22 +156,10 @@ def test_a_killed_run_resumed_gives_the_bytes_of_an_uninterrupted_one(
     settings = {"form": "mapped", "sequential": sequential}
     whole = contents(ground.compress(tmp_path / "out", **settings))
     (tmp_path / "out").rename(tmp_path / "whole")
-    written = 0
-
-    def dies(self, index, count, tensors):
-        nonlocal written
-        if written == moment:
-            raise KeyboardInterrupt
-        written += 1
-        write(self, index, count, tensors)
-
-    write = sinks.Sink.write
-    monkeypatch.setattr(sinks.Sink, "write", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_after(monkeypatch, moment):
         ground.compress(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
     assert len(list((tmp_path / "out.partial").glob("*.safetensors"))) == moment
-    monkeypatch.undo()
     assert contents(ground.compress(tmp_path / "out", **settings)) == whole
     assert not (tmp_path / "out.partial").exists()
 

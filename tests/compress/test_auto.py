@@ -78,6 +78,17 @@ def test_an_expert_whose_loss_no_fit_mends_is_protected(tmp_path):
     assert fits(out)[first.name].after < 0.5 * fits(dropped)[first.name].after
 
 
+def test_a_router_of_few_groups_has_no_room_for_what_it_would_protect(tmp_path):
+    """Two runs of two experts each: where both are protected, a third one cannot be."""
+    made = Ground.make(tmp_path / "source", "deepseek_v3")
+    auto = {"candidates": ["reap"], "steps": STEPS, "protect": 6}
+    settings = {"method": "auto", "auto": auto, "form": "stock", "experts": 4}
+    out = compress(made, tmp_path / "out", reconstruct=FITS, protect=(0, 1), **settings)
+    for layer in layers(out):
+        assert {0, 1} <= set(layer.protected)
+        assert not {2, 3} & set(layer.protected)
+
+
 @pytest.mark.parametrize("form", AUTO_CANDIDATES)
 def test_the_usual_candidates_are_possible_and_each_is_tried(ground, tmp_path, form):
     out = compress(ground, tmp_path / "out", method="auto", form=form, reconstruct=FITS)

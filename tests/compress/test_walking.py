@@ -8,12 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from checkpoint.test_every_family import tiny_model
-from compress.laws import Ground
+from compress.laws import Ground, dies_after
 from every_family import experts_classes
 from reference.reconstruction import relative_error
-from smelt.checkpoint import sink as sinks
 from smelt.checkpoint.inputs import Batch
 from smelt.compress.apply import apply
+from smelt.compress.capture import Chosen
 from smelt.compress.plan import Plan
 from smelt.compress.reconstructor import Reconstructor
 from smelt.compress.walking import apply_walking
@@ -183,6 +183,62 @@ def test_layers_of_other_families_are_fitted_too(tmp_path, family, form):
         assert model.eval()(input_ids=TOKENS, **inputs).logits.isfinite().all()
 
 
+def test_biases_stay_where_they_are_not_fitted(tmp_path):
+    made = Ground.make(tmp_path / "source", "gpt_oss")
+    plain = tensors(made.compress(tmp_path / "plain", form="stock"))
+    for fits_biases in (True, False):
+        out = compress(
+            made,
+            tmp_path / str(fits_biases),
+            form="stock",
+            reconstruct={**QUICK, "biases": fits_biases},
+        )
+        changed = {k for k, t in tensors(out).items() if not torch.equal(t, plain[k])}
+        assert any(k.endswith("_proj") for k in changed)
+        assert any("bias" in k for k in changed) == fits_biases
+
+
+def test_tokens_kept_in_sixteen_bits_give_nearly_the_same_fit(ground, tmp_path):
+    found = [
+        [f.after for f in fits(out).values()]
+        for out in (
+            compress(ground, tmp_path / s, form="stock", reconstruct={**QUICK, "states": s})
+            for s in ("model", "bfloat16")
+        )
+    ]
+    assert found[0] == pytest.approx(found[1], rel=0.05)
+    assert found[0] != found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_gpu_fits_what_the_cpu_does(ground, tmp_path, target):
+    settings = {"form": "stock", "reconstruct": {**QUICK, "target": target}}
+    here = compress(ground, tmp_path / "cpu", **settings)
+    there = apply_walking(
+        ground.checkpoint,
+        ground.plan(tmp_path / "gpu", **settings),
+        tmp_path / "gpu",
+        batches=batches(4),
+        stats=ground.stats,
+        facts=ground.facts,
+        device="cuda",
+    )
+    errors = [[f.after for f in fits(folder).values()] for folder in (here, there)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_some_sequences_are_held_out_and_some_are_not(share):
+    masks = [torch.ones(4, 10, dtype=torch.bool)] * 4
+    held_out = Chosen.of(masks, None, share).held_out
+    assert 0 < int(held_out.sum()) < len(held_out)
+    if share * 16 >= 1:  # the last sequences, whole
+        assert held_out.view(16, 10).all(1).tolist() == sorted(
+            held_out.view(16, 10).any(1).tolist()
+        )
+
+
 def test_decomposed_experts_and_fewer_hidden_units_are_fitted_too(ground, tmp_path):
     factored = compress(
         ground,
@@ -233,20 +289,8 @@ def test_a_killed_run_resumed_gives_the_bytes_of_an_uninterrupted_one(
     settings = {"form": "stock", "reconstruct": {**QUICK, "target": target}}
     whole = contents(compress(ground, tmp_path / "out", **settings))
     (tmp_path / "out").rename(tmp_path / "whole")
-    written = 0
-
-    def dies(self, index, count, tensors):
-        nonlocal written
-        if written == moment:
-            raise KeyboardInterrupt
-        written += 1
-        write(self, index, count, tensors)
-
-    write = sinks.Sink.write
-    monkeypatch.setattr(sinks.Sink, "write", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with dies_after(monkeypatch, moment):
         compress(ground, tmp_path / "out", **settings)
-    monkeypatch.undo()
     fitted = []
     monkeypatch.setattr(
         "smelt.compress.reconstructor.Reconstructor.fit",

@@ -117,6 +117,21 @@ def test_a_new_variant_adds_its_cells_alone(values, tmp_path):
     assert [group["left"] for group in dry] == [2, 2]
 
 
+@pytest.mark.data
+def test_tasks_that_are_asked_later_are_asked_of_the_original_too(values, tmp_path):
+    part = {"variants": ["reap"], "fits": ["none"], "seeds": [0]}
+    given = {**values, "output": str(tmp_path / "out"), "task_limit": 3, "variants": {}, "fits": {}}
+    given |= {"variants": {"reap": {"method": "reap"}}, "baselines": []}
+    for number, tasks in enumerate(([], ["copa"], ["copa", "piqa"])):
+        path = tmp_path / f"{number}.yaml"
+        dump_recipe(recipe(given, parts={"a": {**part, "tasks": tasks}}), path)
+        done = smelt("study", path, "--json")
+        assert done.code == 0, done.err
+        (row,) = done.json
+        assert set(row["tasks"]) == set(row["original"]["tasks"]) == set(tasks)
+        assert set(row["nats"]) == set(row["original"]["nats"]) == {"a", "b"}
+
+
 def test_a_part_names_its_cells(values):
     found = asked(recipe(values), "mapped")
     assert [(one.group.seed, list(one.cells)) for one in found] == [(0, [("mapped", "none")])]

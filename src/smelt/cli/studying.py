@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,6 +68,8 @@ def study(
 
     recipe = find_recipe(recipe, "study")
     kept = None if records is None else Records(records)
+    how: dict[str, Any] = {"jobs": jobs, "threads": threads, "table": table}
+    how |= {"dry_run": dry_run, "records": kept}
     kind = read_values(recipe, StudyRecipe).get("kind")
     if kind == "operators":
         from smelt.cli.operating import operate
@@ -75,16 +77,7 @@ def study(
 
         if decode or latency:
             raise RecipeError("--decode and --latency are not of a study of operators. Drop them.")
-        operate(
-            screen,
-            load_recipe(recipe, OperatorsRecipe, settings or ()),
-            only,
-            jobs=jobs,
-            threads=threads,
-            table=table,
-            dry_run=dry_run,
-            records=kept,
-        )
+        operate(screen, load_recipe(recipe, OperatorsRecipe, settings or ()), only, **how)
         return
     if kind is not None:
         from smelt.cli.comparing import compare
@@ -92,17 +85,8 @@ def study(
 
         if decode:
             raise RecipeError("--decode is of studies of training; a comparison has --latency.")
-        compare(
-            screen,
-            load_recipe(recipe, ComparisonRecipe, settings or ()),
-            only,
-            jobs=jobs,
-            threads=threads,
-            table=table,
-            latency=latency,
-            dry_run=dry_run,
-            records=kept,
-        )
+        read_comparison = load_recipe(recipe, ComparisonRecipe, settings or ())
+        compare(screen, read_comparison, only, latency=latency, **how)
         return
     if latency:
         raise RecipeError("--latency is of comparisons; a study of training has --decode.")

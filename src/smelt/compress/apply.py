@@ -65,9 +65,17 @@ def apply(
         if not is_decided(plan):
             compressor.plan = plan = decided(compressor, sink, stats)
         work = _Blocks(compressor, sink, stages, stats)
+        is_resumed = any(sink.has(index, count) for index in range(count))
         for index, stage in enumerate(stages):
             if not sink.has(index, count):
-                sink.write(index, count, work.tensors(stage))
+                try:
+                    tensors = work.tensors(stage)
+                except PlanError:
+                    if not is_resumed:  # what an earlier call has written stays
+                        sink.abandon()
+                    raise
+                sink.write(index, count, tensors)
+                del tensors
             if progress:
                 progress(stage or "the rest", index + 1, count)
     return finish(sink, checkpoint, facts, work.final(), count, documents or {})

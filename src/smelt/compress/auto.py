@@ -10,6 +10,7 @@ from smelt.compress.plan import LayerPlan
 from smelt.compress.reconstruct import LayerSample
 from smelt.compress.reconstructor import Reconstructor
 from smelt.compress.similarity import Evidence
+from smelt.errors import PlanError
 from smelt.recipe import CompressRecipe
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,11 @@ class Chooser:
         for expert in self._lost(best[0], known) if best else ():
             wanted = sorted([*protected, expert])
             label = f"{chosen}, {', '.join(map(str, wanted))} protected"
-            if trial(label, self._candidate(plan, known, chosen, wanted)):
+            try:
+                made = self._candidate(plan, known, chosen, wanted)
+            except PlanError:  # no room for it among the experts of its router group
+                continue
+            if trial(label, made):
                 protected = wanted
         assert best is not None, "there is a candidate"
         tried = {n: float(f"{e:.6g}") for n, e in sorted(errors.items(), key=lambda one: one[1])}
@@ -86,7 +91,7 @@ class Chooser:
         """
         wrote = known.stats.gated_norm.square() / known.stats.count.clamp(min=1)
         lost = [e for e in range(plan.num_experts) if e not in plan.dominants]
-        room = plan.num_groups - len(plan.protected) - 1
+        room = max(0, plan.num_groups - len(plan.protected) - 1)
         return sorted(lost, key=lambda e: (-float(wrote[e]), e))[
             : min(self.recipe.auto.protect, room)
         ]

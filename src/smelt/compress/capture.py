@@ -61,7 +61,7 @@ class Chosen:
 def _held_out(sequence: Tensor, count: int, share: float) -> Tensor:
     """Which tokens are held out, by the number of each one's sequence."""
     if count * share >= 1:
-        return sequence >= count - round(count * share)
+        return sequence >= count - min(count - 1, round(count * share))
     return held_out_runs(len(sequence), share)
 
 

@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from math import floor
+from typing import get_args
 
 from smelt.compress.align import BY_ACTIVATIONS
 from smelt.compress.budget import SCORES, RouterGroups, check_count
 from smelt.compress.check_stages import check_decompose, check_hidden_units, check_reconstruct
 from smelt.compress.grouping import GROUPINGS
 from smelt.compress.merge import MERGES
-from smelt.compress.methods import Method, resolve
+from smelt.compress.methods import Method, Operator, resolve
 from smelt.compress.plan import LayerFacts
 from smelt.compress.refit import REFITS
 from smelt.compress.router import ROUTERS
@@ -19,8 +20,6 @@ from smelt.errors import PlanError
 from smelt.plugins import find
 from smelt.recipe import CompressRecipe
 from smelt.routing import LayerStats
-
-OPERATORS = ("merge", "drop", "constant")
 
 MERGE_ONLY = ("similarity", "grouping", "align", "reference", "weights", "rule", "repair")
 """Coordinates that say nothing to a method that drops experts."""
@@ -45,8 +44,8 @@ def check(facts: Sequence[LayerFacts], recipe: CompressRecipe) -> None:
             f"method {recipe.method} drops experts and merges none: {', '.join(skipped)} skipped.",
             stacklevel=2,
         )
-    if method.operator not in OPERATORS:
-        raise PlanError(f"operator {method.operator!r}: there are {', '.join(OPERATORS)}.")
+    if method.operator not in get_args(Operator):
+        raise PlanError(f"operator {method.operator!r}: there are {', '.join(get_args(Operator))}.")
     if method.operator == "constant" and recipe.form != "mapped":
         raise PlanError(
             f"method {recipe.method} puts vectors in the place of experts, which the {recipe.form} "

@@ -190,7 +190,7 @@ def _decided_plan(
         after += (layer.num_experts - len(kept)) * layer.model_size * layer.bytes_per_param
     return LayerPlan(
         name=layer.name,
-        operator=method.operator,  # type: ignore[arg-type]
+        operator=method.operator,
         num_experts=layer.num_experts,
         num_groups=len(kept),
         protected=tuple(sorted(protected)),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from smelt.checkpoint.bind import MoeLayer, read_bank, write_bank
 from smelt.checkpoint.source import Checkpoint
-from smelt.compress.align import BY_ACTIVATIONS, Aligner, weight_cost
+from smelt.compress.align import BY_ACTIVATIONS, Aligner, Cost, weight_cost
 from smelt.compress.factoring import factored
 from smelt.compress.facts import Facts, router_names
 from smelt.compress.fisher_files import FisherSums
@@ -146,9 +146,9 @@ class Compressor:
         """The hidden units of each expert as its group's reference has them; None: as stored."""
         if plan.align == "none" or plan.name in self.orders:
             return self.orders.get(plan.name)
-        cost = weight_cost
+        cost: Cost = weight_cost
         if plan.align in BY_ACTIVATIONS:
-            cost = BY_ACTIVATIONS[plan.align](_needed(stats, "activation matching"))  # type: ignore[assignment]
+            cost = BY_ACTIVATIONS[plan.align](_needed(stats, "activation matching"))
         if plan.reference == "others":
             order = merge_many(bank, labels, dominants, self.aligner)
         else:

@@ -1,17 +1,20 @@
 """The named methods as coordinates: what a method is, is a row of this table."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from smelt.plugins import find
 from smelt.recipe import CompressRecipe
+
+Operator = Literal["merge", "drop", "constant"]
+"""merge; drop: only the dominant experts stay; constant: vectors in the place of the others."""
 
 
 @dataclass(frozen=True)
 class Method:
     """One choice per stage. Names of tables, or "module:function" for outside code."""
 
-    operator: str  # "merge"; "drop": only the dominant stay; "constant": vectors for the others
+    operator: Operator
     score: str  # who is dominant; also what "usage" weights are proportional to
     similarity: str = "router-logits"  # who joins whom
     grouping: str = "nearest"  # by which rule: a row of GROUPINGS

@@ -4,6 +4,7 @@ import logging
 import warnings
 
 import torch
+from torch import nn
 
 from smelt.checkpoint.bind import MoeLayer
 from smelt.checkpoint.source import Checkpoint
@@ -12,10 +13,13 @@ from smelt.compress.facts import Facts
 from smelt.compress.layer import Changed
 from smelt.compress.plan import LayerFit, LayerPlan, Plan
 from smelt.compress.reconstruct import Fit, LayerSample, Reduce, alone, fit
-from smelt.compress.replacement import Originals, Replacement, Replacements
+from smelt.compress.replacement import Originals, Replacement, Replacements, run_alone
 from smelt.errors import PlanError
 from smelt.recipe import ReconstructRecipe
 from smelt.routing import LayerStats
+
+_NEEDS_MORE = (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError)
+"""What modules raise that are called without what they need."""
 
 _COMPARED = 64
 """Tokens on which a layer by itself is held against the layer in its model."""
@@ -43,24 +47,6 @@ class Reconstructor:
         self.replacements = Replacements(checkpoint, facts, plan, recipe)
         self.original = Originals(checkpoint, device)
 
-    def check_alone(self, layer: MoeLayer, sample: LayerSample) -> None:
-        """Refuse a layer that does something else in its model than apart from it.
-
-        Args:
-            sample: its inputs, and what it gave for them in the model.
-        """
-        x, wanted = sample.x[:_COMPARED], sample.target[:_COMPARED].float()
-        if not len(x):  # a process without tokens
-            return
-        try:
-            found = self.original.outputs(layer, x).float()
-        except torch.OutOfMemoryError:
-            raise
-        except (AttributeError, TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-            raise PlanError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
-        if (found - wanted).norm() > 0.1 * wanted.norm():
-            raise PlanError(_not_alone(layer, "it gives something else when it is run alone"))
-
     def fit_to_sample(
         self, layer: MoeLayer, plan: LayerPlan, changed: Changed, stats: LayerStats | None
     ) -> tuple[LayerPlan, Changed]:
@@ -71,7 +57,13 @@ class Reconstructor:
                 "was made from: give them with --stats."
             )
         x = stats.input_sample.to(self.device)
-        target = self.original.outputs(layer, x)
+        try:
+            target, choice = self.original.outputs(layer, x)
+        except _NEEDS_MORE as error:
+            raise PlanError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
+        same = choice.cpu().sort().values == stats.sample_choice.sort().values
+        if same.float().mean() < 0.9:
+            raise PlanError(_not_alone(layer, "it chooses other experts when it is run alone"))
         return self.fit(
             layer,
             plan,
@@ -82,14 +74,17 @@ class Reconstructor:
     def error(self, layer: MoeLayer, changed: Changed, sample: LayerSample, steps: int) -> float:
         """The held-out error after a fit of so many steps, which is thrown away."""
         with self.replacements.of(layer, changed.tensors, self.device) as made:
-            return self._fit(made, sample, self.recipe.model_copy(update={"steps": steps})).after
+            recipe = _raised(self.recipe, _numbers_each(made, sample))
+            return self._fit(made, sample, recipe.model_copy(update={"steps": steps})).after
 
     def fit(
         self, layer: MoeLayer, plan: LayerPlan, changed: Changed, sample: LayerSample
     ) -> tuple[LayerPlan, Changed]:
         """The layer with its parameters fitted, and its plan with what that did."""
         with self.replacements.of(layer, changed.tensors, self.device) as made:
-            found = self._fit(made, sample, _enough(self.recipe, layer, made, sample))
+            ratio = _numbers_each(made, sample)
+            _warn_if_few(layer, made, sample, ratio)
+            found = self._fit(made, sample, _raised(self.recipe, ratio))
             new = made.tensors()
         _say(layer, found)
         router = {n for n in new if not n.startswith(layer.experts + ".")}
@@ -129,24 +124,30 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _enough(
-    recipe: ReconstructRecipe, layer: MoeLayer, made: Replacement, sample: LayerSample
-) -> ReconstructRecipe:
-    """The recipe, its regularisation raised where the tokens say less than is asked of them."""
+def _numbers_each(made: Replacement, sample: LayerSample) -> float:
+    """Numbers in the targets for each parameter that is fitted to them."""
     params = sum(p.numel() for p in made.parameters.values())
-    numbers = sample.num_tokens * sample.x.shape[1]
-    if numbers >= params:
+    return sample.num_tokens * sample.x.shape[1] / max(1, params)
+
+
+def _raised(recipe: ReconstructRecipe, ratio: float) -> ReconstructRecipe:
+    """The recipe, its regularisation raised where the tokens say less than is asked of them."""
+    if ratio >= 1:
         return recipe
-    ratio = numbers / params
-    warnings.warn(
-        f"{layer.name}: {sample.num_tokens:,} tokens of {sample.x.shape[1]} numbers are fitted "
-        f"with {params:,} parameters, {ratio:.2f} numbers for each. The fit is held nearer to its "
-        "start; more calibration tokens (num_tokens) would do better.",
-        stacklevel=2,
-    )
     return recipe.model_copy(
         update={"ridge": recipe.ridge / ratio, "anchor": max(recipe.anchor, 0.01 / ratio)}
     )
+
+
+def _warn_if_few(layer: MoeLayer, made: Replacement, sample: LayerSample, ratio: float) -> None:
+    if ratio < 1:
+        params = sum(p.numel() for p in made.parameters.values())
+        warnings.warn(
+            f"{layer.name}: {sample.num_tokens:,} tokens of {sample.x.shape[1]} numbers are fitted "
+            f"with {params:,} parameters, {ratio:.2f} numbers for each. The fit is held nearer to "
+            "its start; more calibration tokens (num_tokens) would do better.",
+            stacklevel=3,
+        )
 
 
 def _say(layer: MoeLayer, found: Fit) -> None:
@@ -165,6 +166,27 @@ def _say(layer: MoeLayer, found: Fit) -> None:
             "would hold.",
             stacklevel=3,
         )
+
+
+def check_alone(model: nn.Module, layer: MoeLayer, sample: LayerSample, dtype: torch.dtype) -> None:
+    """Refuse a layer that does something else in its model than apart from it.
+
+    Args:
+        model: holds the layer's weights.
+        sample: its inputs, and what it gave for them in the model.
+        dtype: that the model computes in.
+    """
+    x, wanted = sample.x[:_COMPARED], sample.target[:_COMPARED].float()
+    if not len(x):  # a process without tokens
+        return
+    try:
+        found = run_alone(model, layer, x.to(dtype))[0].float()
+    except torch.OutOfMemoryError:
+        raise
+    except _NEEDS_MORE as error:
+        raise PlanError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
+    if (found - wanted).norm() > 0.1 * wanted.norm():
+        raise PlanError(_not_alone(layer, "it gives something else when it is run alone"))
 
 
 def check_runs_alone(facts: Facts) -> None:

@@ -49,10 +49,22 @@ class Replacement:
         first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return first.reshape(x.shape)
 
+    def routed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of tokens [N, D], the stored experts chosen [N, K], and their weights."""
+        outputs, choices, gates = [], [], []
+        with self._watched() as calls:
+            for part in x.split(_CHUNK):  # an empty one too: a process may have no tokens
+                outputs.append(self.run(part))
+                choice, gate = calls.pop()
+                choices.append(choice)
+                gates.append(gate)
+        return torch.cat(outputs), torch.cat(choices), torch.cat(gates)
+
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters as they are stored."""
+        """The parameters as they are stored, on the CPU."""
         return {
-            n: p.detach().to(self.start[n].dtype, copy=True) for n, p in self.parameters.items()
+            n: p.detach().to("cpu", self.start[n].dtype, copy=True)
+            for n, p in self.parameters.items()
         }
 
     @property
@@ -66,22 +78,16 @@ class Replacement:
     def solve(self, sample: LayerSample, reduce: Reduce, recipe: ReconstructRecipe) -> None:
         """Put the best down projections in place."""
         rows = torch.where(~sample.held_out)[0]
-        outputs, choices, gates = [], [], []
-        with self._watched() as calls:
-            for part in rows.split(_CHUNK):  # an empty one too: a process may have no tokens
-                outputs.append(self.run(sample.x[part].float()))
-                choice, gate = calls.pop()
-                choices.append(choice)
-                gates.append(gate)
+        outputs, choices, gates = self.routed(sample.x[rows].float())
         path = self.layer.experts
         values = dict(self.model.named_parameters())
         bank = read_bank(self.experts, path, values.__getitem__)
         new = solve_down(
             bank,
             sample.x[rows].float(),
-            torch.cat(choices),
-            torch.cat(gates),
-            sample.target[rows].float() - torch.cat(outputs),
+            choices,
+            gates,
+            sample.target[rows].float() - outputs,
             ridge=recipe.ridge,
             weight=None if recipe.weight == "none" else sample.weights(recipe.weight)[rows],
             reduce=reduce,
@@ -192,15 +198,23 @@ class Originals:
         self.device = device
         self.model = checkpoint.skeleton()
 
-    @torch.no_grad()
-    def outputs(self, layer: MoeLayer, x: Tensor) -> Tensor:
-        """What the layer gives for tokens [N, D], each a sequence of its own."""
+    def outputs(self, layer: MoeLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer gives for tokens [N, D] by themselves, and the experts it chooses."""
         module = self.model.get_submodule(layer.name)
         names = [f"{layer.name}.{name}" for name in module.state_dict()]
         with weights_in(self.model, names, self.checkpoint.read, self.device):
             move_buffers(module, self.device)
-            restore = lift_capacity(self.model, layer)
-            made = Replacement(self.model, layer, {}, {})
-            parts = [made.run(part.to(self.checkpoint.dtype)) for part in x.split(_CHUNK)]
-            restore()
-        return torch.cat(parts)
+            return run_alone(self.model, layer, x.to(self.checkpoint.dtype))
+
+
+@torch.no_grad()
+def run_alone(model: nn.Module, layer: MoeLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer with weights gives for tokens [N, D], each a sequence of its own; its choices.
+
+    In the type that the model computes in.
+    """
+    restore = lift_capacity(model, layer)
+    try:
+        return Replacement(model, layer, {}, {}).routed(x)[:2]
+    finally:
+        restore()

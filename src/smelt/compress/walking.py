@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from smelt import processes
 from smelt.checkpoint.bind import MoeLayer
 from smelt.checkpoint.inputs import Batch
+from smelt.checkpoint.observe import lift_capacity
 from smelt.checkpoint.place import move_buffers, put, take_out
 from smelt.checkpoint.sink import Sink
 from smelt.checkpoint.source import Checkpoint
@@ -37,7 +38,7 @@ from smelt.compress.form import skeleton_of
 from smelt.compress.layer import Changed, Compressor
 from smelt.compress.plan import LayerPlan, Plan, is_changed
 from smelt.compress.reconstruct import LayerSample
-from smelt.compress.reconstructor import Reconstructor, check_runs_alone
+from smelt.compress.reconstructor import Reconstructor, check_alone, check_runs_alone
 from smelt.compress.similarity import Evidence
 from smelt.errors import PlanError
 from smelt.recipe import ReconstructRecipe
@@ -75,7 +76,8 @@ def apply_walking(
     with Aligner(workers) as aligner:
         compressor = Compressor(checkpoint, facts, plan, aligner, stats.fisher)
         if not is_decided(plan):
-            compressor.plan = decided(compressor, sink, stats)
+            # One after the other: the later ones find what the first has decided.
+            compressor.plan = processes.in_turn(lambda: decided(compressor, sink, stats))
         run = _Walking(compressor, sink, stats, batches, device, progress)
         try:
             layers = run.through()
@@ -164,7 +166,7 @@ class _Walking:
             return
         with self.capture.watching(stage, layers) as caught:
             yield
-        samples = self._samples(caught)
+        samples = self._samples(stage, caught)
         with self._without_experts(stage, is_over=True):
             changed = self._fitted(stage, self._compressed(stage, samples), samples)
             self._write(stage.name, changed)
@@ -172,9 +174,13 @@ class _Walking:
     @contextlib.contextmanager
     def _on_compressed(self, stage: Stage) -> Iterator[None]:
         """Around a block of the compressed stream: its layers are decided and fitted before it."""
-        changed = self._recalled(stage) or self._decided_and_fitted(stage)
-        self._write(stage.name, changed)
-        with self._running_as(stage, changed):
+        with contextlib.ExitStack() as stack:
+            for layer in self._here(stage):  # no token is dropped, as in calibration
+                stack.callback(lift_capacity(stage.walk.model, layer))
+                stack.callback(lift_capacity(self.twin, layer))
+            changed = self._recalled(stage) or self._decided_and_fitted(stage)
+            self._write(stage.name, changed)
+            stack.enter_context(self._running_as(stage, changed))
             yield
 
     def _decided_and_fitted(self, stage: Stage) -> list[Changed]:
@@ -198,7 +204,7 @@ class _Walking:
                     )
         if not layers:
             return self._compressed(stage, {})
-        samples = self._samples(caught)
+        samples = self._samples(stage, caught)
         if self.original:
             last = layers[-1]
             if adds_up(stage, last, self.stream[0]):
@@ -213,13 +219,15 @@ class _Walking:
         with self._without_experts(stage, is_over=False):
             return self._fitted(stage, self._compressed(stage, samples), samples)
 
-    def _samples(self, caught: dict[str, list[tuple[Tensor, Tensor]]]) -> dict[str, LayerSample]:
+    def _samples(
+        self, stage: Stage, caught: dict[str, list[tuple[Tensor, Tensor]]]
+    ) -> dict[str, LayerSample]:
         """What was caught of each layer as a sample; what it is made of is given up."""
         samples = {}
         for name in list(caught):
             layer = self.layer_of[name]
             samples[name] = self.capture.sample(layer, caught.pop(name))
-            self.reconstructor.check_alone(layer, samples[name])
+            check_alone(stage.walk.model, layer, samples[name], self.checkpoint.dtype)
         return samples
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from smelt.errors import RecipeError
 from smelt.recipe import CalibrationRecipe, CompressRecipe, Settings, check_recipe
 
-NOTHING_KEPT = "none"
+NO_FIT = "none"
 """The name of the fit that is none."""
 
 
@@ -73,7 +73,7 @@ class OperatorsRecipe(Settings):
     @property
     def all_fits(self) -> dict[str, dict[str, Any] | None]:
         """Every fit by name, none first."""
-        return {NOTHING_KEPT: None, **self.fits}
+        return {NO_FIT: None, **self.fits}
 
     def compression(self, group: "Group", variant: str, fit: str) -> CompressRecipe:
         """The recipe of a cell; source and output are the worker's.

@@ -7,7 +7,7 @@ from typing import Any
 
 from smelt.evaluate.results import markdown
 from smelt.operators.runner import Progress, cell_name
-from smelt.operators.settings import NOTHING_KEPT, OperatorsRecipe, asked
+from smelt.operators.settings import NO_FIT, OperatorsRecipe, asked
 from smelt.study.store import read
 
 
@@ -83,9 +83,7 @@ def _best_baseline(
         statistics.fmean(more(r, text) for r in here)
         for name in study.baselines
         if (
-            here := [
-                r for r in rows if (r["variant"], r["fit"], r["keep"]) == (name, NOTHING_KEPT, keep)
-            ]
+            here := [r for r in rows if (r["variant"], r["fit"], r["keep"]) == (name, NO_FIT, keep)]
         )
     ]
     return min(means, default=None)
