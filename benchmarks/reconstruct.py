@@ -9,6 +9,7 @@ log-perplexity on held-out text that the fit takes back. One seed.
 """
 
 import argparse
+import json
 import math
 import tempfile
 import time
@@ -48,13 +49,16 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=16_384, help="of each text")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--method", default="reap")
+    parser.add_argument("--form", default="stock")
+    parser.add_argument("--fit", action="append", help="settings as JSON, not FITS; repeatable")
     parser.add_argument("--name", default="tiny-moe", help="of the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, results = run(options)
     header = ("fit", "code", "prose", "gain, code", "gain, prose", "time ÷ calibration")
     show(f"Reconstruction of {options.name}, {options.keep:.0%} of the experts", header, rows)
-    save("reconstruct", {f"{options.name} at {options.keep:g}": results})
+    case = f"{options.name}, {options.method}, {options.form}, {options.keep:g}, {options.tokens}"
+    save("reconstruct", {case: results})
 
 
 def run(options: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
@@ -89,12 +93,14 @@ def run(options: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, A
     original = nats(options.checkpoint)
     shared = {"stats": calibrated.stats, "facts": facts}
     rows, results, lost = [], {"machine": machine(), "calibration_seconds": seconds}, {}
-    for fit in [None, *FITS]:
+    fits = [json.loads(fit) for fit in options.fit] if options.fit else FITS
+    for fit in [None, *fits]:
         recipe = CompressRecipe(
             source=options.checkpoint,
             output="-",
             keep=options.keep,
             method=options.method,
+            form=options.form,
             calibration=calibration,
             reconstruct=fit,
         )
@@ -113,7 +119,8 @@ def run(options: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, A
         label = "none"
         if fit is not None:
             closed = "closed form, " if fit.get("closed_form") else ""
-            label = f"{fit['target']}, {closed}{fit['steps']} steps"
+            target = fit.get("target", "corrected")
+            label = f"{target}, {closed}{fit.get('steps', 600)} steps"
         rows.append(
             (
                 label,
