@@ -75,7 +75,7 @@ def compress(source: Path, text: Path, *words: object, to: str = "out") -> Outco
     place = source.parent / to
     before = contents(source) if source.is_dir() else {}
     existed = place.exists()
-    budget = () if {"--keep", "--experts", "--recipe"} & set(words) else ("--keep", "0.5")
+    budget = () if {"--keep", "--experts", "--size", "--recipe"} & set(words) else ("--keep", "0.5")
     done = smelt("compress", source, place, "--text", text, *QUICK, *budget, *words)
     if source.is_dir():
         now = contents(source)
@@ -309,6 +309,13 @@ def test_two_budgets_or_none(good, text):
     refused(compress(good, text, "--experts", 4, "--keep", 0.5), "set one of experts")
     done = smelt("compress", good, good.parent / "out", "--text", text)
     refused(done, "set one of experts (a count), keep (a share) and size")
+
+
+def test_a_budget_of_bytes_that_nothing_fits_is_refused_before_anything_is_calibrated(good, text):
+    refused(compress(good, text, "--size", 0.001), "Allow more")
+    tight = ("--form", "mapped", "--experts", 2, "--set", "budget=measured")
+    refused(compress(good, text, *tight, "--set", "min_per_layer=4"), "at least")
+    assert not list(good.parent.glob("*.partial"))
 
 
 def test_fewer_experts_than_a_token_uses(good, text):

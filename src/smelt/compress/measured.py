@@ -57,6 +57,19 @@ def measured_counts(found: Measurer, recipe: CompressRecipe) -> list[int]:
     Errors of layers add up as shares of each layer's own output.
     """
     layers = found.facts.layers
+    least, budget = bounds(layers, recipe)
+    curves = _curves(found, recipe, least)
+    counts = cheapest(curves, [layer.expert_bytes for layer in layers], least, budget)
+    assert counts is not None, "the least experts fit"
+    return counts
+
+
+def bounds(layers: Sequence[LayerFacts], recipe: CompressRecipe) -> tuple[list[int], float]:
+    """The least experts that each layer keeps, and the bytes that all may take together.
+
+    Raises:
+        PlanError: the least take more than that.
+    """
     excluded = positions(layers, recipe.excluded, "excluded")
     protected = protected_experts(layers, recipe)
     least = [
@@ -65,20 +78,18 @@ def measured_counts(found: Measurer, recipe: CompressRecipe) -> list[int]:
         else min(layer.num_experts, max(recipe.min_per_layer, len(protected[i]) + 1))
         for i, layer in enumerate(layers)
     ]
-    curves = _curves(found, recipe, least)
     budget = sum(
         layer.expert_bytes * (layer.num_experts if i in excluded else groups_wanted(layer, recipe))
         for i, layer in enumerate(layers)
     )
-    counts = cheapest(curves, [layer.expert_bytes for layer in layers], least, budget)
-    if counts is None:
-        smallest = sum(n * la.expert_bytes for n, la in zip(least, layers, strict=True))
+    smallest = sum(n * layer.expert_bytes for n, layer in zip(least, layers, strict=True))
+    if smallest > budget + 0.5:
         raise PlanError(
             f"a budget of {budget:,.0f} bytes of experts cannot be met: with min_per_layer = "
             f"{recipe.min_per_layer}, excluded layers and protected experts they take {smallest:,} "
             "at least. Keep more, or lower min_per_layer."
         )
-    return counts
+    return least, budget
 
 
 def cheapest(
@@ -150,51 +161,55 @@ def measured_shape(found: Measurer, recipe: CompressRecipe) -> CompressRecipe:
     Raises:
         PlanError: a size below the smallest legal plan.
     """
-    assert recipe.size is not None
-    shapes = _shapes(found, recipe)
+    possible = shapes(found.checkpoint, found.facts, recipe)
     tried: list[tuple[float, int, CompressRecipe]] = []
-    for number, (experts, units) in enumerate(shapes):
+    for number, (experts, units) in enumerate(possible):
         chosen = recipe.model_copy(update={"experts": experts, "hidden_units": units})
         errors = list(found.errors(found.plan(chosen, None)).values())
         tried.append((sum(errors) / len(errors), number, chosen))
         if found.progress:
-            found.progress(f"{experts} experts", number + 1, len(shapes))
+            found.progress(f"{experts} experts", number + 1, len(possible))
     return min(tried, key=lambda one: one[:2])[2]
 
 
-def _shapes(found: Measurer, recipe: CompressRecipe) -> list[tuple[int, int | None]]:
-    """Experts and hidden units (None: all) within the bytes, from few whole experts to many."""
+def shapes(
+    checkpoint: Checkpoint, facts: Facts, recipe: CompressRecipe
+) -> list[tuple[int, int | None]]:
+    """Experts and hidden units (None: all) within `size`, from few whole experts to many.
+
+    Raises:
+        PlanError: a size below the smallest legal plan.
+    """
     assert recipe.size is not None
-    layer = found.facts.layers[0]
+    layer = facts.layers[0]
     whole, E = layer.hidden_size, layer.num_experts
     room = recipe.size * E * whole
-    can_shrink = _can_shrink(found, layer)
-    shapes: list[tuple[int, int | None]] = []
+    can_shrink = _can_shrink(checkpoint, facts)
+    found: list[tuple[int, int | None]] = []
     for experts in range(layer.top_k, E + 1):
         if not router_groups_of(layer).holds(experts, layer.top_k):
             continue
         units = int(room / experts / UNITS_MULTIPLE + 1e-9) * UNITS_MULTIPLE
         if units >= whole:
-            shapes = [(experts, None)]  # of those that stay whole, the most
+            found = [(experts, None)]  # of those that stay whole, the most
         elif can_shrink and units >= UNITS_MULTIPLE:
-            shapes.append((experts, units))
-    if not shapes:
+            found.append((experts, units))
+    if not found:
         smallest = UNITS_MULTIPLE if can_shrink else whole
         raise PlanError(
             f"size = {recipe.size}: {layer.top_k} experts of {smallest} hidden units, the fewest "
             f"that this model's router and kernels take, are "
             f"{layer.top_k * smallest / (E * whole):.3f} of the experts' bytes. Allow more."
         )
-    picked = np.linspace(0, len(shapes) - 1, min(_POINTS, len(shapes))).round().astype(int)
-    return [shapes[i] for i in sorted(set(picked.tolist()))]
+    picked = np.linspace(0, len(found) - 1, min(_POINTS, len(found))).round().astype(int)
+    return [found[i] for i in sorted(set(picked.tolist()))]
 
 
-def _can_shrink(found: Measurer, layer: LayerFacts) -> bool:
+def _can_shrink(checkpoint: Checkpoint, facts: Facts) -> bool:
     """Whether the family's configuration sizes its experts, and nothing else."""
+    sizes = {layer.hidden_size for layer in facts.layers}
     try:
-        hidden_field(
-            found.checkpoint, found.facts.anatomy.layers, layer.hidden_size, UNITS_MULTIPLE
-        )
+        hidden_field(checkpoint, facts.anatomy.layers, min(sizes), UNITS_MULTIPLE)
     except CheckpointError:
         return False
-    return len({one.hidden_size for one in found.facts.layers}) == 1
+    return len(sizes) == 1

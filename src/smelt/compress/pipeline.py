@@ -21,7 +21,13 @@ from smelt.compress.check import check, needs_gradients
 from smelt.compress.decide import make_plan
 from smelt.compress.facts import Facts, bank_reader, read_facts, router_reader
 from smelt.compress.gradients import check_gradients_fit, with_gradients
-from smelt.compress.measured import Measurer, measured_counts, measured_shape
+from smelt.compress.measured import (
+    Measurer,
+    bounds,
+    measured_counts,
+    measured_shape,
+    shapes,
+)
 from smelt.compress.methods import resolve
 from smelt.compress.plan import Plan
 from smelt.compress.task_batches import task_batches
@@ -169,6 +175,10 @@ def check_possible(checkpoint: Checkpoint, facts: Facts, recipe: CompressRecipe)
             "checkpoint it was made from."
         )
     check(facts.layers, recipe)
+    if recipe.size is not None and recipe.experts is None:
+        shapes(checkpoint, facts, recipe)
+    if resolve(recipe).budget == "measured":
+        bounds(facts.layers, recipe)
     if recipe.hidden_units is not None:
         before = facts.layers[0].hidden_size
         hidden_field(checkpoint, facts.anatomy.layers, before, recipe.hidden_units)
