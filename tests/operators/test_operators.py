@@ -21,7 +21,7 @@ def values(tmp_path_factory):
         "kind": "operators",
         "output": str(folder / "out"),
         "models": {"tiny": str(folder / "source")},
-        "calibrations": {"own": {**text, "num_tokens": 2000, "gradients": True}},
+        "calibrations": {"own": {**text, "num_tokens": 2000}},
         "held_out": {"a": {**text, "num_tokens": 500}, "b": {**text, "num_tokens": 300}},
         "keep": [0.5],
         "seeds": [0, 1],
@@ -173,3 +173,24 @@ def test_a_variant_that_cannot_be_is_named_before_anything_runs(values, tmp_path
     assert refused.code == 2
     assert "variant x" in refused.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_no_checkpoint_is_named_before_anything_runs(values, tmp_path):
+    out = tmp_path / "out"
+    path = tmp_path / "operators.yaml"
+    dump_recipe(recipe(values, output=str(out), models={"tiny": str(tmp_path)}), path)
+    done = smelt("study", path)
+    assert done.code == 2
+    assert "models.tiny" in done.err
+    assert not (out / "cells").exists()
+
+
+def test_gradients_are_taken_where_some_cell_reads_them(values):
+    study = recipe(values)
+    every = [one.group for one in asked(study)]
+    assert all(study.calibration(group).gradients for group in every)
+    without = recipe(values, parts={"main": {"variants": ["reap"]}})
+    assert not any(without.calibration(group).gradients for group in every)
+    first = {"variants": ["fisher"], "seeds": [0]}
+    one_seed = recipe(values, parts={"main": {"variants": ["reap"]}, "fisher": first})
+    assert {g.seed for g in every if one_seed.calibration(g).gradients} == {0}

@@ -136,14 +136,15 @@ def run_operators(
         on_job: told of every beginning and end.
 
     Raises:
-        RecipeError: no such part, a variant that cannot be, a finished cell that had other
-            settings, a study that another process is running.
+        RecipeError: no such part, a variant that cannot be, a model's folder without a checkpoint,
+            a finished cell that had other settings, a study that another process is running.
     """
     progress = Progress(study, only)
     wanted = asked(study, only)
     for one in wanted:
         for cell in one.cells:
             study.compression(one.group, *cell)
+    _check_models(progress, wanted)
 
     def begin() -> None:
         if records is not None:
@@ -192,6 +193,17 @@ def check_settings(progress: Progress, wanted: list[Asked]) -> None:
                         f"made with {key} = {was[key]!r}, the recipe says {new[key]!r}. Restore "
                         "the setting, or remove that file, or name another output."
                     )
+
+
+def _check_models(progress: Progress, wanted: list[Asked]) -> None:
+    """A folder named as a model that holds no checkpoint is a RecipeError before any job runs."""
+    for name in dict.fromkeys(one.group.model for one in wanted):
+        given, folder = progress.study.models[name], progress.model(name)
+        if not _is_recipe(given) and not (folder / "config.json").is_file():
+            raise RecipeError(
+                f"models.{name} = {given}: not a checkpoint folder. Name one with config.json in "
+                "it, or a training recipe (a name that ends with .yaml)."
+            )
 
 
 def _is_recipe(model: str) -> bool:

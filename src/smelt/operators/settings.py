@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from smelt.compress.check import needs_gradients
+from smelt.compress.methods import resolve
 from smelt.errors import RecipeError
 from smelt.recipe import CalibrationRecipe, CompressRecipe, Settings, check_recipe
 
@@ -20,7 +22,6 @@ class Texts(Settings):
     num_tokens: int = Field(default=65_536, ge=1)
     sequence_length: int = Field(default=256, ge=2)
     batch_size: int = Field(default=16, ge=1)
-    gradients: bool = False  # of calibration text: rule fisher reads them
 
 
 class Part(Settings):
@@ -95,8 +96,18 @@ class OperatorsRecipe(Settings):
         return check_recipe(values, CompressRecipe, origin=f"variant {variant}, fit {fit}")
 
     def calibration(self, group: "Group") -> CalibrationRecipe:
-        """What a group's statistics are taken from."""
-        values = {**self.calibrations[group.calibration].model_dump(), "seed": group.seed}
+        """What a group's statistics are taken from; gradients where some cell reads them."""
+        cells = [
+            self.compression(one.group, *cell)
+            for one in asked(self)
+            if one.group.statistics == group.statistics
+            for cell in one.cells
+        ]
+        values = {
+            **self.calibrations[group.calibration].model_dump(),
+            "seed": group.seed,
+            "gradients": any(needs_gradients(resolve(cell)) for cell in cells),
+        }
         return check_recipe(values, CalibrationRecipe)
 
 
