@@ -18,8 +18,8 @@ TEXT = (
     "The routers of a model send every token to a few of its experts.\n\n"
     "def merge(experts, weights):\n    return sum(w * e for w, e in zip(weights, experts))\n\n"
 )
-QUICK = ("--set", "calibration.sequence_length=32", "--tokens", "600")
-"""A calibration that takes a blink."""
+QUICK = ("--set", "calibration.sequence_length=32", "--tokens", "600", "--no-reconstruct")
+"""A compression that takes a blink."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def student(folder: Path, form: str, family: str) -> Path:
     """Half of its experts, in a form."""
     method = {"stock": "reap", "mapped": "m-smoe"}[form]
     settings = {"text": [str(text(folder))], "num_tokens": 3000, "sequence_length": 32}
+    settings["reconstruct"] = False
     place = folder / f"{family}-{form}"
     source = original(folder, family)
     return api.compress(source, place, experts=4, form=form, method=method, **settings)

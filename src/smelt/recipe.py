@@ -313,7 +313,8 @@ class CompressRecipe(Settings):
     sequential: bool | None = None
     decompose: DecomposeRecipe | None = None  # the mapped form only
     hidden_units: int | None = Field(default=None, ge=1)  # F kept in every expert; stock form only
-    reconstruct: ReconstructRecipe | None = None  # true: with its defaults
+    # true: with its defaults, and so does `smelt compress` where it is left out; false: no fit.
+    reconstruct: ReconstructRecipe | None = None
     auto: AutoRecipe = AutoRecipe()  # read where method is auto
     calibration: CalibrationRecipe = CalibrationRecipe()
     seed: int = 0

@@ -17,7 +17,8 @@ SMALL = (
 @pytest.fixture(scope="module")
 def small(ground):
     stats = ground / "stats"
-    return api.compress(ground / "source", ground / "small", stats=stats, experts=4, form="mapped")
+    settings = {"stats": stats, "experts": 4, "form": "mapped", "reconstruct": False}
+    return api.compress(ground / "source", ground / "small", **settings)
 
 
 @pytest.fixture

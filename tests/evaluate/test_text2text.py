@@ -197,9 +197,8 @@ def test_the_part_to_choose_on_is_not_the_one_that_is_reported(folder):
 def test_a_mapped_checkpoint_is_asked_as_its_original(folder, tmp_path):
     """Every expert kept: the same model in another form."""
     small = tmp_path / "mapped"
-    api.compress(
-        str(folder), str(small), form="mapped", keep=1.0, num_tokens=2048, sequence_length=64
-    )
+    settings = {"form": "mapped", "keep": 1.0, "num_tokens": 2048, "sequence_length": 64}
+    api.compress(str(folder), str(small), **settings, reconstruct=False)
     assert Checkpoint.open(small).config.model_type == "smelt_mapped"
     found = api.evaluate([str(folder), str(small)], benchmarks=["sst2", "squad"], limit=6)
     first, second = found.benchmarks.values()

@@ -116,6 +116,7 @@ def _merge_pairs(source, output):
         experts=2,
         num_tokens=512,
         sequence_length=32,
+        reconstruct=False,
     )
 
 

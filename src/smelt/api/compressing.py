@@ -13,12 +13,12 @@ from smelt.checkpoint.verify import verify as verify_files
 from smelt.compress import apply as applying
 from smelt.compress.calibrate import RoutingStats
 from smelt.compress.card import model_card
+from smelt.compress.defaults import compress_with_defaults
 from smelt.compress.facts import read_facts
 from smelt.compress.pipeline import (
     Stages,
     check_possible,
     run_calibration,
-    run_compress,
     run_plan,
     silent,
 )
@@ -199,11 +199,13 @@ def compress(
 
         api.compress(source, "small", keep=0.5, num_tokens=2048)
 
-    A killed run, called again with the same arguments, goes on where it stopped.
+    A killed run, called again with the same arguments, goes on where it stopped. What is kept of
+    each layer is fitted to what the layer did, unless `reconstruct=False`.
 
     Args:
         destination: the folder to make; must not exist.
-        stats: statistics of this checkpoint, or their folder: then nothing is calibrated.
+        stats: statistics of this checkpoint, or their folder: then nothing is calibrated, and the
+            text that a fit walks again is theirs.
         verify: compare the weight files with their checksums first, where they are known.
         settings: those of `CompressRecipe`, and of its `calibration` by their own names. `seed`
             sets both seeds.
@@ -223,7 +225,7 @@ def compress_by(
     """`compress`, its settings given as a recipe."""
     check_device(recipe.device)
     known = None if stats is None else load_stats(stats)
-    return run_compress(recipe, stats=known, verify=verify, stages=stages)
+    return compress_with_defaults(recipe, stats=known, verify=verify, stages=stages)
 
 
 def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:

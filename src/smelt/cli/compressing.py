@@ -50,7 +50,7 @@ Reconstruct = Annotated[
     bool | None,
     typer.Option(
         "--reconstruct/--no-reconstruct",
-        help="Fit what is kept of each layer to what the layer did (how: --set "
+        help="Fit what is kept of each layer to what the layer did [on] (how: --set "
         "reconstruct.steps=300 …).",
     ),
 ]

@@ -18,8 +18,14 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "tiny-moe"
 """A small trained MoE, the default of the demo."""
 
-RUNS = ((0.75, "stock"), (0.5, "stock"), (0.25, "stock"), (0.5, "mapped"))
-"""Share of the experts kept, and the form."""
+RUNS: dict[str, dict[str, Any]] = {
+    "stock-75-percent": {"keep": 0.75},
+    "stock-50-percent": {"keep": 0.5},
+    "stock-25-percent": {"keep": 0.25},
+    "mapped-50-percent": {"keep": 0.5, "form": "mapped"},
+    "repaired-50-percent": {"keep": 0.5, "reconstruct": {"steps": 200}},  # fewer than by default
+}
+"""What is made: a folder's name, and the settings of its compression."""
 
 TEXTS = {"code": "python:held-out:code", "prose": "python:held-out:prose"}
 """What the embedded model was not trained on."""
@@ -93,12 +99,15 @@ def _compress(
     )
     stats = api.calibrate(source, num_tokens=tokens, device=device, stages=stages)
     made = []
-    for keep, form in RUNS:
-        method = DEFAULT_METHODS[form]
-        screen.note(f"2/3  Keeping {keep:.0%} of the experts: {method}, {form} form.")
-        target = folder / f"{form}-{keep:.0%}".replace("%", "-percent")
-        settings: dict[str, Any] = {"keep": keep, "form": form, "device": device}
-        made.append(api.compress(source, target, stats=stats, stages=stages, **settings))
+    for name, settings in RUNS.items():
+        form, fit = settings.get("form", "stock"), settings.get("reconstruct", False)
+        repaired = ", each layer repaired" if fit else ""
+        screen.note(
+            f"2/3  Keeping {settings['keep']:.0%} of the experts: {DEFAULT_METHODS[form]}, {form} "
+            f"form{repaired}."
+        )
+        given = {**settings, "reconstruct": fit, "device": device}
+        made.append(api.compress(source, folder / name, stats=stats, stages=stages, **given))
     return made
 
 

@@ -30,6 +30,7 @@ from smelt.compress.measured import (
 )
 from smelt.compress.methods import resolve
 from smelt.compress.plan import Plan
+from smelt.compress.reconstructor import check_runs_alone
 from smelt.compress.task_batches import task_batches
 from smelt.compress.walking import apply_walking
 from smelt.errors import CalibrationError, PlanError
@@ -175,6 +176,8 @@ def check_possible(checkpoint: Checkpoint, facts: Facts, recipe: CompressRecipe)
             "checkpoint it was made from."
         )
     check(facts.layers, recipe)
+    if recipe.reconstruct is not None:
+        check_runs_alone(facts)
     if recipe.size is not None and recipe.experts is None:
         shapes(checkpoint, facts, recipe)
     if resolve(recipe).budget == "measured":

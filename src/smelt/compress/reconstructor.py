@@ -27,6 +27,10 @@ _COMPARED = 64
 _log = logging.getLogger(__name__)
 
 
+class CannotFitError(PlanError):
+    """A layer of this family cannot be run apart from its model, so it cannot be fitted."""
+
+
 class Reconstructor:
     """Fits what becomes of a layer to a sample of what the layer did."""
 
@@ -60,10 +64,12 @@ class Reconstructor:
         try:
             target, choice = self.original.outputs(layer, x)
         except _NEEDS_MORE as error:
-            raise PlanError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
+            raise CannotFitError(
+                _not_alone(layer, f"it needs more than its tokens: {error}")
+            ) from None
         same = choice.cpu().sort().values == stats.sample_choice.sort().values
         if same.float().mean() < 0.9:
-            raise PlanError(_not_alone(layer, "it chooses other experts when it is run alone"))
+            raise CannotFitError(_not_alone(layer, "it chooses other experts when it is run alone"))
         return self.fit(
             layer,
             plan,
@@ -184,16 +190,18 @@ def check_alone(model: nn.Module, layer: MoeLayer, sample: LayerSample, dtype: t
     except torch.OutOfMemoryError:
         raise
     except _NEEDS_MORE as error:
-        raise PlanError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
+        raise CannotFitError(_not_alone(layer, f"it needs more than its tokens: {error}")) from None
     if (found - wanted).norm() > 0.1 * wanted.norm():
-        raise PlanError(_not_alone(layer, "it gives something else when it is run alone"))
+        raise CannotFitError(_not_alone(layer, "it gives something else when it is run alone"))
 
 
 def check_runs_alone(facts: Facts) -> None:
     """Refuse a family whose blocks hold the experts themselves: no module is a layer there."""
     for layer in facts.anatomy.layers:
         if layer.name == layer.block:
-            raise PlanError(_not_alone(layer, "it holds router and experts beside its attention"))
+            raise CannotFitError(
+                _not_alone(layer, "it holds router and experts beside its attention")
+            )
 
 
 def _not_alone(layer: MoeLayer, why: str) -> str:

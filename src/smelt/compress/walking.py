@@ -81,7 +81,7 @@ def apply_walking(
         run = _Walking(compressor, sink, stats, batches, device, progress)
         try:
             layers = run.through()
-        except PlanError:  # a family whose layers cannot be fitted
+        except PlanError:  # such as a family whose layers cannot be fitted
             if processes.is_first():
                 sink.abandon()
             raise
