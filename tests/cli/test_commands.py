@@ -92,6 +92,15 @@ def test_plans_of_several_budgets_and_methods_are_one_table(source, stats, tmp_p
         assert Plan.load(plan["file"]).predicted.model_dump() == plan["predicted"]
 
 
+def test_a_share_of_bytes_is_a_plan_beside_a_share_of_experts(source, stats, tmp_path):
+    words = ("--stats", stats, "--keep", 0.75, "--size", 0.75, "--json")
+    plans = smelt("plan", source, *words, "-o", tmp_path / "p").json["plans"]
+    assert [plan["asked"] for plan in plans] == [0.75, 0.75]
+    assert len({plan["file"] for plan in plans}) == 2
+    by_size = Plan.load(plans[1]["file"]).recipe
+    assert by_size.size == 0.75 and by_size.experts is not None and by_size.keep is None
+
+
 def test_a_plan_that_cannot_be_is_a_row_beside_those_that_can(source, stats):
     words = ("--keep", 0.5, "--method", "reap", "--method", "fisher", "--form", "stock")
     done = smelt("plan", source, "--stats", stats, *words)

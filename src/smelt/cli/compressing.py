@@ -207,6 +207,9 @@ def plan(
     keep: Annotated[
         list[float] | None, typer.Option("--keep", help="Or the share of them. Repeat.")
     ] = None,
+    size: Annotated[
+        list[float] | None, typer.Option("--size", help="Or the share of their bytes. Repeat.")
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="A method, as in compress. Repeat.")
     ] = None,
@@ -242,7 +245,7 @@ def plan(
         "trust_remote_code": trust_remote_code or None,
     }
     wanted = candidates(
-        {"experts": experts, "keep": keep, "method": method, "form": form},
+        {"experts": experts, "keep": keep, "size": size, "method": method, "form": form},
         lambda given: options.compress_recipe(recipe, {**common, **given}, settings),
     )
     found = plan_all(source, stats, wanted, measure=measure, screen=screen)

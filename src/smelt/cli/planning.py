@@ -17,6 +17,10 @@ from smelt.evaluate.results import markdown
 from smelt.recipe import CompressRecipe
 
 
+BUDGETS = ("experts", "keep", "size")
+"""The ways to say how small, one of them for a plan."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A plan, or why there is none; and its error per layer, if that was measured."""
@@ -30,7 +34,7 @@ class Candidate:
     def name(self) -> str:
         """A word for the combination, good for a file name."""
         asked = self.recipe.size or self.recipe.keep or self.recipe.experts
-        budget = f"{asked:g}"
+        budget = ("size-" if self.recipe.size else "") + f"{asked:g}"
         method = self.recipe.method.replace(":", "-")
         return f"{method}-{self.recipe.form}-{budget}"
 
@@ -58,7 +62,7 @@ def candidates(
     lists: Mapping[str, Sequence[Any] | None], make: Callable[[dict[str, Any]], CompressRecipe]
 ) -> list[CompressRecipe]:
     """A recipe for every combination of budgets, methods and forms."""
-    budgets = [{name: v} for name in ("experts", "keep") for v in lists[name] or ()] or [{}]
+    budgets = [{name: v} for name in BUDGETS for v in lists[name] or ()] or [{}]
     methods, forms = lists["method"] or [None], lists["form"] or [None]
     return [
         make({**budget, "method": method, "form": form})
