@@ -24,9 +24,8 @@ class State:
         self._given: dict[str, Any] = {}
         self._name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
         self.cache: Any = self._filled(context, batch)
-        self._kept: Any = None
-        if not self._can_go_back(context[:1]):
-            self._kept = copy.deepcopy(self.cache)
+        self._can_crop = self._can_go_back(context[:1])
+        self._kept = None if self._can_crop else copy.deepcopy(self.cache)
 
     def step(self, tokens: Tensor) -> None:
         """Give each sequence its next token [B, 1]."""
@@ -35,7 +34,7 @@ class State:
 
     def back(self) -> None:
         """As before the last step: by cutting a token off, or with a copy where that cannot be."""
-        if self._kept is None:
+        if self._can_crop:
             self.cache.crop(-1)
         else:
             self.cache = copy.deepcopy(self._kept)
@@ -57,25 +56,32 @@ class State:
             start = torch.full_like(rows[:, None], config.decoder_start_token_id or 0)
             asked: dict[str, Any] = {"decoder_input_ids": start, "use_cache": True}
             return model(**asked, **self._given).past_key_values
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=config) if self._takes_any(context.device) else None
         if context.shape[1] == 0:
             return cache
-        if not _is_plain(cache):  # states of other kinds have no repeating of rows
+        if cache is None or not _is_plain(cache):  # other kinds of state do not repeat rows
             context, rows = context[rows], rows[:0]
-        model(context, past_key_values=cache, use_cache=True, **last_logits(model))
+        asked = {"past_key_values": cache, "use_cache": True, **last_logits(model)}
+        cache = model(context, **asked).past_key_values
         if len(rows) > len(context):
             cache.batch_select_indices(rows)
         return cache
+
+    def _takes_any(self, device: torch.device) -> bool:
+        """Whether the model takes transformers' own cache, not only one that it makes (MiniMax)."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        made: Any = self.model(token, use_cache=True).past_key_values
+        return type(made) is DynamicCache
 
     def _can_go_back(self, context: Tensor) -> bool:
         """Whether a token can be cut off the cache: not off a recurrent state, nor a window's end.
 
         Tried on one sequence, with what a step leaves behind compared.
         """
-        if _is_plain(self.cache):
-            return True
+        if self.cache is None or _is_plain(self.cache):
+            return self.cache is not None
         trial = copy.copy(self)
-        trial.cache, trial._kept = trial._filled(context, 1), None
+        trial.cache, trial._can_crop = trial._filled(context, 1), True
         before = [tensor.clone() for tensor in _tensors(trial.cache)]
         token = torch.zeros(1, 1, dtype=torch.long, device=context.device)
         try:
@@ -95,14 +101,14 @@ def last_logits(model: PreTrainedModel) -> dict[str, int]:
 
 def _is_plain(cache: Any) -> bool:
     """Whether every layer keeps keys and values of all tokens, and nothing else."""
-    if not isinstance(cache, DynamicCache):
+    if type(cache) is not DynamicCache:
         return False
     return {type(layer).__name__ for layer in cache.layers} <= {"DynamicLayer"}
 
 
 def _tensors(cache: Any) -> Iterator[Tensor]:
     """What a cache holds, layer by layer."""
-    parts = [cache]
+    parts = [] if cache is None else [cache]
     if isinstance(cache, EncoderDecoderCache):
         parts = [cache.self_attention_cache, cache.cross_attention_cache]
     for part in parts:

@@ -116,12 +116,19 @@ def _model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     said = ""
     for auto in autos:
         try:
-            found: PreTrainedModel = auto.from_pretrained(
-                checkpoint.folder, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code
+            found: PreTrainedModel
+            found, about = auto.from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                trust_remote_code=checkpoint.trust_remote_code,
+                output_loading_info=True,
             )
-            return found
         except (ValueError, ImportError, RecipeError) as error:
             said = said or str(error).strip().splitlines()[0]
+            continue
+        if not about["missing_keys"]:
+            return found
+        said = f"it has no {min(about['missing_keys'])}"
     raise CheckpointError(
         f"{checkpoint.folder}: {checkpoint.cls.__name__} writes no token after another ({said}). "
         "Give a language model."

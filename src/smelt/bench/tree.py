@@ -1,17 +1,21 @@
 """Bytes that a step of any model reads, counted from its modules.
 
-A step reads every parameter of the modules that it runs: of experts, those that are reached; of an
-embedding, a row for each token; and what the cache holds. Buffers (rotary tables, maps) are small
-and left out.
+A step reads the parameters that its operations touch (one step is watched): of experts, those that
+are reached; of an embedding, a row for each token; and what the cache holds. Buffers (rotary
+tables, maps) are small and left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from smelt.bench.reached import reached
 from smelt.bench.state import State
 from smelt.bench.traffic import Seen, Work
 from smelt.checkpoint.bind import MoeLayer
@@ -28,6 +32,7 @@ class TreeCost:
     row_values: int  # of tables, for each token
     experts: tuple[Tensor, ...]  # by MoE layer, values of each stored expert [G]
     top_k: tuple[int, ...]
+    runs: tuple[bool, ...]  # by MoE layer, whether a step comes through it: not in an encoder
 
     @property
     def active_params(self) -> float:
@@ -47,9 +52,10 @@ class TreeCost:
     ) -> Work:
         """One step; there is no pool, so `kept` is None. Without `seen`: no cache, no FLOPs."""
         assert kept is None, "only SaMoE has pool entries to leave out"
+        layers = zip(self.experts, self.top_k, self.runs, strict=True)
         uniform = [
-            count.distinct_experts(len(sizes), min(K, len(sizes)), batch)
-            for sizes, K in zip(self.experts, self.top_k, strict=True)
+            count.distinct_experts(len(sizes), min(K, len(sizes)), batch) if runs else 0.0
+            for sizes, K, runs in layers
         ]
         reached: list[float | Tensor] = [*(uniform if hit is None else hit)]
         read = 0.0
@@ -74,52 +80,57 @@ def _values(sizes: Tensor, hit: float | Tensor) -> float:
     return float(sizes.mean()) * hit
 
 
+_BATCH = 3
+"""Sequences of the step that is tried: tables read for each of them are read three times."""
+
+
 @torch.no_grad()
 def tree_cost(model: PreTrainedModel, layers: Sequence[MoeLayer]) -> TreeCost:
-    """The cost of a model on its device: which of its modules a step runs is tried out."""
-    experts = {layer.experts: model.get_submodule(layer.experts) for layer in layers}
-    sizes = {name: expert_sizes(module) for name, module in experts.items()}
+    """The cost of a model on its device: what a step reads beside the experts is tried out."""
+    sizes = {layer.experts: expert_sizes(model.get_submodule(layer.experts)) for layer in layers}
     of_experts = {id(p) for _, own in sizes.values() for p in own}
-    ran = _run_in_a_step(model)
-    whole: dict[int, int] = {}
-    rows = 0
-    for module in ran:
-        if isinstance(module, nn.Embedding):
-            rows += module.embedding_dim
-            continue
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in of_experts:
-                whole[id(parameter)] = parameter.numel()
+    others = [p for p in model.parameters() if id(p) not in of_experts]
+    tokens = torch.zeros(_BATCH, 1, dtype=torch.long, device=next(model.parameters()).device)
+    state = State(model, tokens[:1], _BATCH)
+    with reached(model, layers) as calls, _Reads(others) as reads:
+        state.step(tokens)
+    whole = sum(p.numel() for p in others if _address(p) in reads.whole)
+    # a table of positions is read once for all sequences
+    by_token = [width for rows, width in reads.rows if rows % _BATCH == 0]
     return TreeCost(
         params=sum(p.numel() for p in model.parameters()),
-        whole_values=sum(whole.values()),
-        row_values=rows,
+        whole_values=whole + sum(rows * width for rows, width in reads.rows if rows % _BATCH),
+        row_values=sum(by_token),
         experts=tuple(sizes[layer.experts][0] for layer in layers),
         top_k=tuple(layer.top_k for layer in layers),
+        runs=tuple(bool(of_layer) for of_layer in calls),
     )
 
 
-def _run_in_a_step(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that a cached step runs, or whose weights the module above them uses itself.
+class _Reads(TorchDispatchMode):
+    """Within: which parameters operations read: whole, or rows of them by ids.
 
-    A projection or a table that is not called is not read (the keys of an encoder's output lie in
-    the cache), and neither is what lies inside something that is not called (an image tower). Other
-    leaves are read by the module above them: a convolution whose state is in the cache.
+    An operation that gives a view back has read nothing yet.
     """
-    device = next(model.parameters()).device
-    token = torch.zeros(1, 1, dtype=torch.long, device=device)
-    state = State(model, token, 1)
-    called: set[nn.Module] = set()
-    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for m in model.modules()]
-    try:
-        state.step(token)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = list(called)
-    for module in called:
-        for child in module.children():
-            is_leaf = next(child.children(), None) is None
-            if child not in called and is_leaf and not isinstance(child, nn.Linear | nn.Embedding):
-                found.append(child)
-    return found
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched = {_address(p) for p in parameters}
+        self.whole: set[int] = set()
+        self.rows: list[tuple[int, int]] = []  # how many, of which width
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = {_address(t) for t in tree_leaves(found) if isinstance(t, Tensor)}
+        if func is torch.ops.aten.embedding.default:
+            self.rows.append((args[1].numel(), args[0].shape[1]))
+        else:
+            self.whole |= {_address(t) for t in given} & self._watched - made
+        return found
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
