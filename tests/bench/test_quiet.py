@@ -90,7 +90,7 @@ def test_a_system_that_says_nothing_is_no_noise():
 def test_a_model_whose_steps_cost_the_same_whatever_they_do_is_too_small():
     (said,) = too_small({"tiny": [Span("batch 1", 2.0, 0.1), Span("batch 8", 2.2, 0.3)]})
     assert said.startswith("tiny: too small for 2 of 2 cells. batch 1")
-    assert "2 ms, of which bytes and FLOPs explain 0.1 ms" in said
+    assert "2 ms, of which bytes and FLOPs explain 0.1; 1.9 (Python" in said
 
 
 def test_a_model_near_its_floors_is_not():

@@ -129,6 +129,7 @@ class Span:
     cell: str
     ms: float
     floor_ms: float
+    unit: str = "ms"
 
 
 def too_small(cells: Mapping[str, Sequence[Span]]) -> list[str]:
@@ -146,9 +147,9 @@ def too_small(cells: Mapping[str, Sequence[Span]]) -> list[str]:
             worst = min(mostly, key=lambda one: one.ms)
             found.append(
                 f"{checkpoint}: too small for {len(mostly)} of {len(own)} cells. {worst.cell} "
-                f"takes {worst.ms:.3g} ms, of which bytes and FLOPs explain {worst.floor_ms:.3g} "
-                f"ms; {fixed:.3g} ms (Python, launches, small operations) are in every step. There "
-                "fewer bytes or FLOPs hardly show as less time, and a larger model will not behave "
-                "alike: compare bytes and FLOPs."
+                f"takes {worst.ms:.3g} {worst.unit}, of which bytes and FLOPs explain "
+                f"{worst.floor_ms:.3g}; {fixed:.3g} (Python, launches, small operations) are in "
+                "every step. There fewer bytes or FLOPs hardly show as less time, and a larger "
+                "model will not behave alike: compare bytes and FLOPs."
             )
     return found

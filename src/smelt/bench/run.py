@@ -221,11 +221,11 @@ def _spans(steps: Sequence[DecodeStep], texts: Sequence[PrefillRun]) -> dict[str
         *((f"prefill, length {p.length},", p) for p in texts),
     ]
     for name, one in named:
-        ms, ratio = one.ms, one.ratio
+        ms, ratio, unit = one.ms, one.ratio, "ms"
         if one.threads == 1 and one.processor_ratio:
-            ms, ratio = one.processor_ms, one.processor_ratio
+            ms, ratio, unit = one.processor_ms, one.processor_ratio, "ms of processor time"
         if ratio:
-            found.setdefault(one.checkpoint, []).append(Span(name, ms, ms / ratio))
+            found.setdefault(one.checkpoint, []).append(Span(name, ms, ms / ratio, unit))
     return found
 
 
