@@ -5,6 +5,7 @@ from statistics import median
 
 import pytest
 
+from smelt.bench import neighbours
 from smelt.bench.quiet import (
     SPREAD,
     Doubt,
@@ -82,6 +83,23 @@ def test_each_sign_of_other_work_is_said(doubts, around, words):
 
 def test_a_system_that_says_nothing_is_no_noise():
     assert judge([CALM], Neighbours(1, None, None, None, None)).is_quiet
+
+
+def test_others_are_all_work_but_our_own(monkeypatch):
+    ticks = iter([(1000, 10, 4000), (1300, 15, 4500)])  # at work, taken by the host, in all
+    own = iter([2.0, 3.0])
+    monkeypatch.setattr(neighbours, "_jiffies", lambda: next(ticks))
+    monkeypatch.setattr(neighbours, "_own_seconds", lambda: next(own))
+    monkeypatch.setattr(neighbours.os, "sysconf", lambda name: 100)
+    found = neighbours.Watch().seen()
+    assert found.others == pytest.approx((300 - 100) / 500)
+    assert found.steal == pytest.approx(5 / 500)
+
+
+def test_a_kernel_that_keeps_no_count_leaves_others_unknown(monkeypatch):
+    monkeypatch.setattr(neighbours, "_jiffies", lambda: None)
+    found = neighbours.Watch().seen()
+    assert found.others is None and found.steal is None
 
 
 # --- overhead ------------------------------------------------------------------------------------

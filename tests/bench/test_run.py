@@ -12,6 +12,7 @@ import checkpoints
 import smelt as smelt_package
 from commands import smelt
 from samoe.tiny import build, tiny
+from smelt import api
 from smelt.bench import file, peak, room, run
 from smelt.bench.decode import DecodeSettings
 from smelt.bench.decode import measure as decode
@@ -271,3 +272,17 @@ def test_running_out_of_memory_in_a_cell_names_the_cell(monkeypatch):
     settings = replace(DecodeSettings(turns=1), batches=(7,), contexts=(5,))
     with pytest.raises(SmeltError, match=r"batch 7, context 5: out of memory.*smaller --batch"):
         decode([one], settings)
+
+
+# --- from Python ---------------------------------------------------------------------------------
+
+
+def test_the_function_measures_what_the_command_does(folders):
+    found = api.bench(folders[0], what=["decode"], batches=[2], contexts=[3], turns=1)
+    (step,) = found.decode
+    assert (step.checkpoint, step.batch, step.context, step.dtype) == ("stock", 2, 3, "float32")
+    assert found.prefill == [] and found.checkpoints[0].load_seconds is None
+    with pytest.raises(SmeltError, match="there are decode, prefill, memory, load"):
+        api.bench(folders[0], what=["speed"])
+    with pytest.raises(SmeltError, match="one checkpoint at least"):
+        api.bench([])

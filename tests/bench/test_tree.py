@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import checkpoints
+import every_family
 from material import Material
 from reference.reads import Reads
 from smelt.bench.cells import see
@@ -109,6 +110,41 @@ def test_every_kernel_reaches_the_same_experts():
         found[kernel] = [layer.tolist() for layer in seen.hit]
         assert seen.flops == pytest.approx(129792), kernel
     assert found["eager"] == found["grouped_mm"] == found["batched_mm"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("each", every_family.experts_classes(), ids=lambda each: each.name)
+def test_predicted_reads_are_exact_in_every_family_that_decodes(each):
+    model = built(each)
+    if model is None:
+        pytest.skip("no language model")
+    one = subject_or_none(model)
+    if one is None or one.cost is None:
+        pytest.skip("not covered, or its tiny model cannot decode with a cache")
+    one.model.set_experts_implementation("eager")
+    work, seen, touched = step_of(one)
+    assert work.values - seen.cached_values == touched
+
+
+def built(each):
+    for cls in each.models():
+        try:
+            model = cls(every_family.tiny_config(cls.config_class)).eval()
+        except (TypeError, ValueError, AttributeError):
+            continue
+        checkpoints.randomise(model)
+        return model if model.can_generate() else None
+    return None
+
+
+def subject_or_none(model):
+    try:
+        return subject(model, "a")
+    except ValueError as error:
+        if "seem to only contain LinearAttention layers" not in str(error):
+            raise
+        return None  # a tiny model with nothing else
 
 
 # --- experts -------------------------------------------------------------------------------------

@@ -77,23 +77,25 @@ def bench(
     from transformers import logging
 
     logging.disable_progress_bar()  # transformers' own bars: ours say enough
-    from smelt.bench import file, run
-    from smelt.bench.decode import DecodeSettings
-    from smelt.bench.subjects import parse_dtype
-    from smelt.checkpoint.device import check_device
+    from smelt import api
+    from smelt.bench import file
 
-    chosen = check_device(device or "cpu")
-    shared = DecodeSettings(
-        turns=repeats,
-        skip_alpha=tuple(skip_alpha or ()),
-        dtype=parse_dtype(dtype, chosen),
-        device=chosen,
-        threads=threads,
-        seed=seed or 0,
-    )
-    settings = run.BenchSettings(what or run.WHAT, batches, contexts, lengths, shared)
     with screen.watching() as stages:
-        found = run.measure(sources, settings, trust_remote_code=trust_remote_code, stages=stages)
+        found = api.bench(
+            sources,
+            what=what,
+            batches=batches,
+            contexts=contexts,
+            lengths=lengths,
+            dtype=dtype,
+            device=device or "cpu",
+            threads=threads,
+            turns=repeats,
+            skip_alpha=skip_alpha or (),
+            seed=seed or 0,
+            trust_remote_code=trust_remote_code,
+            stages=stages,
+        )
     if output is not None:
         file.save(found, output)
     screen.result(found.to_dict() | {"seconds": screen.seconds}, _report(found, output))
