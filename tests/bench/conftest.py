@@ -2,11 +2,11 @@
 
 import pytest
 
-from smelt.bench import decode, roofline
+from smelt.bench import floors, roofline
 
 
 @pytest.fixture
 def small_cache(monkeypatch):
-    for module in (roofline, decode):
+    for module in (roofline, floors):
         monkeypatch.setattr(module, "last_cache_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(roofline, "SHAPES", {"cpu": ((128, 64), (64, 128))})

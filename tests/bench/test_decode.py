@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from commands import smelt
-from samoe.tiny import build, tiny
+from samoe.tiny import build, tiny, tokens
 from smelt.bench import decode
 from smelt.bench.decode import DecodeSettings, measure
+from smelt.bench.floors import floors
 from smelt.bench.roofline import Rates, Roofline
+from smelt.bench.run import shortest_names
+from smelt.bench.state import State
 from smelt.bench.subjects import Subject, load
 from smelt.bench.traffic import SaMoECost, Work
-from smelt.cli.benching import _names
 from smelt.errors import CheckpointError, RecipeError
 
 pytestmark = pytest.mark.usefixtures("small_cache")
@@ -42,39 +44,33 @@ def test_every_step_begins_at_the_same_cache(batch, context):
         lengths, model = [], one.subject.model
         real = model.forward
 
-        def forward(ids, **kwargs):
-            lengths.append((len(ids), kwargs["past_key_values"].get_seq_length()))
-            return real(ids, **kwargs)
+        def forward(**kwargs):
+            length = kwargs["past_key_values"].get_seq_length()
+            lengths.append((len(kwargs["input_ids"]), length))
+            return real(**kwargs)
 
         model.forward = forward
         one.count()
         one.turn()
-    assert lengths == [(batch, context)] * 6
-    assert one.cache.get_seq_length() == context
+    assert lengths == [(batch, context)] * 7  # two seen, one of them for its FLOPs, and two turns
+    assert one.state.cache.get_seq_length() == context
 
 
-def test_a_step_is_the_next_token_after_the_context():
-    one = cell()
-    model, ids = one.subject.model, None
-    real = decode._filled
-
-    def filled(model, given, batch):
-        nonlocal ids
-        ids = given
-        return real(model, given, batch)
-
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(decode, "_filled", filled)
-        one = cell(one.subject)
-        step = model(one.tokens[1], past_key_values=one.cache, use_cache=True).logits[:, -1]
-        whole = model(torch.cat([ids, one.tokens[1]], 1), use_cache=False).logits[:, -1]
-    torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("batch", [2, 5])
+def test_a_step_is_the_next_token_after_the_context(batch):
+    model, logits = build(tiny()), []
+    model.register_forward_hook(lambda module, given, output: logits.append(output.logits[:, -1]))
+    ids, token = tokens(2, 4), tokens(batch, 1, seed=2)
+    with torch.inference_mode():
+        State(model, ids, batch).step(token)
+        model(torch.cat([ids[torch.arange(batch) % 2], token], 1), use_cache=False)
+    torch.testing.assert_close(logits[-2], logits[-1], rtol=1e-4, atol=1e-4)
 
 
 def test_rows_and_steps_have_tokens_of_their_own():
-    tokens = cell(batch=8, settings=replace(QUICK, steps=4)).tokens
-    assert len({tuple(step.flatten().tolist()) for step in tokens}) == 5
-    assert all(len(step.unique()) > 4 for step in tokens)
+    given = cell(batch=8, settings=replace(QUICK, steps=4)).tokens
+    assert len({tuple(step.flatten().tolist()) for step in given}) == 5
+    assert all(len(step.unique()) > 4 for step in given)
 
 
 def test_models_take_turns(monkeypatch):
@@ -91,13 +87,13 @@ def test_the_experts_counted_are_those_that_the_timed_tokens_reach(fields):
         one = cell(subject(num_experts_per_tok=2, **fields))
         one.count()
         model, expected = one.subject.model, [0.0, 0.0]
-        for tokens in one.tokens[1:]:
-            out = model(tokens, past_key_values=one.cache, output_router_logits=True)
-            one.cache.crop(-1)
+        for ids in one.tokens[1:]:
+            out = model(ids, past_key_values=one.state.cache, output_router_logits=True)
+            one.state.back()
             for layer, logits in enumerate(out.router_logits):
                 reached = {e for row in logits for e in row.topk(2).indices.tolist()}
                 expected[layer] += len(reached) / 2
-    assert one.hit == expected
+    assert one.seen.distinct == expected
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -120,13 +116,12 @@ def test_a_record_holds_together():
 
 def test_the_cache_feeds_a_step_only_if_all_weights_fit_half_of_it():
     rates = Rates(memory=1e6, cache=1e9, flops={3: 1e30})
-    one = cell()
     for resident, place in ((1 << 16, "cache"), (1 << 18, "memory")):  # values of 4 bytes; 1 MiB
         work = Work(1e3, 1e3, 1e3, 1e3, resident)
-        found = one._floors(work, rates)
-        assert found["reads_from"] == place
+        found = floors(work, rates, 3, torch.float32, CPU)
+        assert found.reads_from == place
         speed = rates.cache if place == "cache" else rates.memory
-        assert found["floor_ms"] == pytest.approx(8e3 / speed * 1e3)
+        assert found.floor_ms == pytest.approx(8e3 / speed * 1e3)
 
 
 def test_rates_are_the_best_of_all_turns(monkeypatch):
@@ -136,8 +131,8 @@ def test_rates_are_the_best_of_all_turns(monkeypatch):
     roofline.turn()
     found = iter([(1.0, 5.0)] * 100)
     roofline.turn()
-    assert roofline.wall == Rates(3.0, 3.0, {1: 3.0, 4: 3.0})
-    assert roofline.processor == Rates(5.0, 5.0, {1: 5.0, 4: 5.0})
+    assert roofline.wall == Rates(3.0, 3.0, {1: 3.0, 4: 3.0}, 3.0)
+    assert roofline.processor == Rates(5.0, 5.0, {1: 5.0, 4: 5.0}, 5.0)
 
 
 # --- leaving entries out -------------------------------------------------------------------------
@@ -196,22 +191,30 @@ def test_a_loaded_model_is_the_checkpoint_in_memory(folder):
     assert {p.dtype for p in low.model.parameters()} == {torch.bfloat16}
 
 
-def test_a_family_that_smelt_does_not_know_is_timed_alone(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "dense")
-    one = load(str(tmp_path / "dense"), dtype=torch.float32, device=CPU)
-    (step,) = measure([one], QUICK).steps
-    assert one.cost is None and step.ms > 0 and step.ratio is None
-
-
-def test_an_encoder_decoder_is_refused(tmp_path):
+def test_an_encoder_decoder_is_measured_against_what_its_encoder_reads(tmp_path):
     from checkpoints import save
 
     save("switch_transformers", tmp_path / "m")
-    with pytest.raises(CheckpointError, match="an encoder–decoder"):
-        load(str(tmp_path / "m"), dtype=torch.float32, device=CPU)
+    one = load(str(tmp_path / "m"), dtype=torch.float32, device=CPU)
+    settings = replace(QUICK, batches=(2,), contexts=(3, 9))
+    few, many = measure([one], settings).steps
+    assert few.ms > 0 and len(few.distinct_experts) == 2 and few.distinct_experts[0] == 0
+    heads = 2 * 4 * 8 * 2  # keys and values, 4 heads of 8, batch 2
+    cache = 6 * 2 * heads * 4  # six tokens more, of two layers, in float32
+    assert many.bytes_predicted - few.bytes_predicted == pytest.approx(cache)
+    assert few.bytes_predicted == pytest.approx(few.bytes_read, rel=0.3)  # without the encoder's
+    with pytest.raises(RecipeError, match="--context 0: m is an encoder–decoder"):
+        measure([one], replace(settings, contexts=(0,)))
+
+
+def test_a_model_that_writes_no_tokens_is_refused(tmp_path):
+    from transformers import BertConfig, BertForTokenClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=32, intermediate_size=16, **sizes)
+    BertForTokenClassification(config).save_pretrained(tmp_path / "tags")
+    with pytest.raises(CheckpointError, match="Give a language model"):
+        load(str(tmp_path / "tags"), dtype=torch.float32, device=CPU)
 
 
 def test_the_command_prints_what_it_saves(folder, tmp_path):
@@ -220,17 +223,17 @@ def test_the_command_prints_what_it_saves(folder, tmp_path):
     done = smelt("bench", "decode", folder, folder, *words, "-o", out, "--json")
     assert done.code == 0, done.err
     saved = json.loads(out.read_text())
-    assert saved["steps"] == done.json["steps"]
-    assert [(s["checkpoint"], s["batch"], s["context"]) for s in saved["steps"]] == [
+    assert saved["decode"] == done.json["decode"]
+    assert [(s["checkpoint"], s["batch"], s["context"]) for s in saved["decode"]] == [
         (str(folder), batch, context) for batch in (1, 2) for context in (0, 3) for _ in range(2)
     ]
     assert saved["machine"]["threads"] == 1 and saved["rates"]["memory"] > 0
 
 
 def test_checkpoints_are_named_by_what_tells_them_apart():
-    assert _names(["/x/a"]) == ["a"]
-    assert _names(["/x/a/seed-0", "/x/b/seed-0"]) == ["a/seed-0", "b/seed-0"]
-    assert _names(["/x/a", "/x/a"]) == ["/x/a", "/x/a"]
+    assert shortest_names(["/x/a"]) == ["a"]
+    assert shortest_names(["/x/a/seed-0", "/x/b/seed-0"]) == ["a/seed-0", "b/seed-0"]
+    assert shortest_names(["/x/a", "/x/a"]) == ["/x/a", "/x/a"]
 
 
 def test_the_table_says_dtype_device_and_threads(folder):
@@ -246,6 +249,8 @@ def test_the_table_says_dtype_device_and_threads(folder):
         (("--batch", "0"), "--batch 0: it is at least 1"),
         (("--batch", "1,x"), "whole numbers with commas"),
         (("--context", "-1"), "--context -1: it is at least 0"),
+        (("--length", "0"), "--length 0: it is at least 1"),
+        (("--length", "33"), "small has 32 positions"),
         (("--context", "32"), "small has 32 positions"),
         (("--repeats", "0"), "--repeats 0: it is at least 1"),
         (("--dtype", "int8"), "--dtype int8: it is one of float32"),

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints import save
 from samoe.tiny import SHARING, build, tiny, tokens
+from smelt.bench.decode import DecodeSettings, measure
 from smelt.bench.subjects import load
 from smelt.bench.traffic import SaMoECost
 
@@ -91,7 +92,13 @@ def test_a_stock_checkpoint_reads_its_active_parameters_for_one_token(is_tied, t
     assert work.values == params - experts + chosen - table + config.hidden_size
     every = subject.cost.step(1, 0, [config.num_experts] * config.num_hidden_layers)
     assert every.expert_values == experts
-    model.set_experts_implementation("eager")  # the counter knows no grouped product
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 1, dtype=torch.long))
-    assert work.flops == pytest.approx(counter.get_total_flops(), rel=0.05)  # norms are weights too
+    assert subject.cost.params == params
+    assert subject.cost.active_params == params - experts + chosen
+
+
+@pytest.mark.usefixtures("small_cache")
+def test_a_step_does_twice_the_multiply_adds_of_the_matrices_it_reads(tmp_path):
+    save("qwen3_moe", tmp_path / "m")
+    subject = load(str(tmp_path / "m"), dtype=torch.float32, device=torch.device("cpu"))
+    (step,) = measure([subject], DecodeSettings(batches=(1,), contexts=(0,), turns=1)).steps
+    assert step.flops == pytest.approx(2 * step.bytes_read / 4, rel=0.05)  # norms are weights too

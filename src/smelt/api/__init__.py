@@ -15,12 +15,13 @@ from smelt.api.compressing import (
     open_checkpoint,
     plan,
 )
-from smelt.api.measuring import analyse, evaluate
+from smelt.api.measuring import analyse, bench, evaluate
 from smelt.api.training import export, heal, study, train
 
 __all__ = [
     "analyse",
     "apply",
+    "bench",
     "calibrate",
     "calibrate_by",
     "compress",

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from smelt.api.compressing import open_checkpoint
+from smelt.bench.decode import DecodeSettings
+from smelt.bench.file import Bench
+from smelt.bench.run import WHAT, BenchSettings
+from smelt.bench.run import measure as run_bench
+from smelt.bench.subjects import parse_dtype
 from smelt.checkpoint.device import check_device
 from smelt.compress.pipeline import (
     Stages,
     silent,
 )
+from smelt.errors import RecipeError
 from smelt.evaluate.evaluation import (
     Evaluation,
     measure_benchmarks,
@@ -100,6 +106,67 @@ def evaluate(
         )
         found = replace(found, benchmarks=more.benchmarks, results=found.results + more.results)
     return found
+
+
+def bench(  # noqa: PLR0913 - as many as the command has options
+    checkpoints: str | Path | Sequence[str | Path],
+    *,
+    what: Sequence[str] = (),
+    batches: Sequence[int] = (1, 8, 64),
+    contexts: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    turns: int = 5,
+    skip_alpha: Sequence[float] = (),
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    stages: Stages = silent,
+) -> Bench:
+    """What checkpoints cost to run, in turns, beside this machine's floors (docs/benchmarks.md).
+
+        from smelt import api
+
+        found = api.bench([source, "half"], what=["decode"], batches=[1, 8])
+        for step in found.decode:
+            print(step.checkpoint, step.batch, step.context, step.ms_median, step.bytes_read)
+        print(found.quiet["is_quiet"], found.warnings)
+
+    `smelt.bench.file.save` and `load` write and read what is returned.
+
+    Args:
+        what: of decode, prefill, memory and load; nothing named is everything.
+        contexts: tokens in the cache; None: 0 and 512, or as many as the positions allow.
+        lengths: tokens of a text to read at once; None: 128 and 512, likewise.
+        dtype: float32, bfloat16 or float16; None: float32 on a CPU, bfloat16 on a GPU.
+        skip_alpha: SaMoE models also without the pool entries whose |α| is below these.
+    """
+    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    unknown = [name for name in what if name not in WHAT]
+    if unknown or not paths:
+        raise RecipeError(
+            f"bench of {len(paths)} checkpoints, what = {list(what)}: there are {', '.join(WHAT)}, "
+            "of one checkpoint at least."
+        )
+    chosen = check_device(device)
+    shared = DecodeSettings(
+        turns=turns,
+        skip_alpha=tuple(skip_alpha),
+        dtype=parse_dtype(dtype, chosen),
+        device=chosen,
+        threads=threads,
+        seed=seed,
+    )
+    settings = BenchSettings(
+        what=tuple(what) or WHAT,
+        batches=tuple(batches),
+        contexts=None if contexts is None else tuple(contexts),
+        lengths=None if lengths is None else tuple(lengths),
+        shared=shared,
+    )
+    sources = [str(path) for path in paths]
+    return run_bench(sources, settings, trust_remote_code=trust_remote_code, stages=stages)
 
 
 def analyse(

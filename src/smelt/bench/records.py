@@ -1,6 +1,5 @@
 """What was measured, as named records, with all that says how."""
 
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -9,31 +8,32 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smelt.bench.roofline import Rates
-from smelt.errors import SmeltError
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """What was measured of one model at one batch and context; rates are of the fastest turn."""
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What every timed cell says; rates are of the fastest turn."""
 
     checkpoint: str
-    skip_alpha: float | None
-    kept_entries: tuple[int, ...] | None  # by MoE layer
+    fingerprint: str | None
     batch: int
-    context: int
     dtype: str
     device: str
     threads: int
     turns: int
-    steps: int
-    ms: float  # of the fastest turn, the mean of its steps
+    ms: float  # of the fastest turn
     ms_median: float  # of the turns
     processor_ms: float  # of the turn with the least
-    bytes_predicted: float | None = None  # uniform routing
+    ms_turns: tuple[float, ...] = ()
+    spread: float | None = None  # of two runs' medians, by the turns (`smelt.bench.quiet`)
+    waiting: float | None = None  # share of the time off the processor, of one thread
     bytes_read: float | None = None  # the experts that were reached
-    distinct_experts: tuple[float, ...] | None = None  # by MoE layer, the mean over the timed steps
+    distinct_experts: tuple[float, ...] | None = None  # by MoE layer, the mean over what was timed
     gigabytes_per_second: float | None = None
+    share_of_copy: float | None = None  # of the rate of copying memory
     flops: float | None = None
     byte_floor_ms: float | None = None
     flop_floor_ms: float | None = None
@@ -44,9 +44,46 @@ class DecodeStep:
     processor_ratio: float | None = None  # the same by processor time, the floor's rates too
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodeStep(Timed):
+    """One model's steps at one batch and context; a time is the mean of a turn's steps."""
+
+    skip_alpha: float | None = None
+    kept_entries: tuple[int, ...] | None = None  # by MoE layer
+    context: int
+    steps: int
+    bytes_predicted: float | None = None  # uniform routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillRun(Timed):
+    """One model's reading of texts of one length; a time is of the whole batch."""
+
+    length: int
+    tokens_per_second: float  # by the median
+
+
+@dataclass(frozen=True)
+class CheckpointCost:
+    """What a checkpoint costs whatever is asked of it; None: not measured."""
+
+    checkpoint: str
+    fingerprint: str
+    folder_bytes: int  # weight files on disk
+    dtype: str  # that was measured in, not of the files
+    parameters: int | None = None
+    active_parameters: float | None = None  # one token's, its tables whole
+    flops_per_token: float | None = None  # executed by a decode step without context
+    load_seconds: float | None = None  # files in the page cache to weights on the device
+    weights_memory_bytes: int | None = None  # more than the process held before
+    load_peak_bytes: int | None = None  # while loading
+    peak_memory_bytes: int | None = None  # while running what `peak_of` says
+    peak_of: dict[str, int] | None = None
+
+
 @dataclass(frozen=True)
 class Decoded:
-    """A run: its records, and the machine's rates they are held against."""
+    """Decode steps, and the machine's rates they are held against."""
 
     steps: list[DecodeStep]
     rates: Rates
@@ -54,55 +91,96 @@ class Decoded:
 
     machine: dict[str, Any]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The records as rows of a table."""
+        return [decode_row(step) for step in self.steps]
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
         return asdict(self)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The records as rows of a table."""
-        return [
-            {
-                "checkpoint": s.checkpoint,
-                "α ≥": s.skip_alpha,
-                "batch": s.batch,
-                "context": s.context,
-                "ms": s.ms,
-                "median": s.ms_median,
-                "CPU ms": s.processor_ms,
-                "MB, uniform": None if s.bytes_predicted is None else s.bytes_predicted / 1e6,
-                "MB": None if s.bytes_read is None else s.bytes_read / 1e6,
-                "GB/s": s.gigabytes_per_second,
-                "GFLOP": None if s.flops is None else s.flops / 1e9,
-                "byte floor": s.byte_floor_ms,
-                "FLOP floor": s.flop_floor_ms,
-                "÷ floor": s.ratio,
-                "CPU ÷ floor": s.processor_ratio,
-            }
-            for s in self.steps
-        ]
+
+def decode_row(step: DecodeStep) -> dict[str, Any]:
+    """A step as a row of a table."""
+    distinct = step.distinct_experts
+    return {
+        "checkpoint": step.checkpoint,
+        "α ≥": step.skip_alpha,
+        "batch": step.batch,
+        "context": step.context,
+        "ms": step.ms,
+        "median": step.ms_median,
+        "± %": _percent(step.spread),
+        "CPU ms": step.processor_ms,
+        "experts": None if distinct is None else sum(distinct) / len(distinct),
+        "MB, uniform": _scaled(step.bytes_predicted, 1e6),
+        **_held(step),
+    }
 
 
-def machine(threads: int) -> dict[str, Any]:
+def prefill_row(run: PrefillRun) -> dict[str, Any]:
+    """A prefill as a row of a table."""
+    return {
+        "checkpoint": run.checkpoint,
+        "batch": run.batch,
+        "length": run.length,
+        "tokens/s": run.tokens_per_second,
+        "ms": run.ms,
+        "median": run.ms_median,
+        "± %": _percent(run.spread),
+        "CPU ms": run.processor_ms,
+        **_held(run),
+    }
+
+
+def _held(one: Timed) -> dict[str, Any]:
+    return {
+        "MB": _scaled(one.bytes_read, 1e6),
+        "GB/s": one.gigabytes_per_second,
+        "% of copy": _percent(one.share_of_copy),
+        "GFLOP": _scaled(one.flops, 1e9),
+        "byte floor": one.byte_floor_ms,
+        "FLOP floor": one.flop_floor_ms,
+        "÷ floor": one.ratio,
+        "CPU ÷ floor": one.processor_ratio,
+    }
+
+
+def cost_row(cost: CheckpointCost) -> dict[str, Any]:
+    """A checkpoint's costs as a row of a table."""
+    return {
+        "checkpoint": cost.checkpoint,
+        "MB on disk": cost.folder_bytes / 1e6,
+        "M parameters": _scaled(cost.parameters, 1e6),
+        "M active": _scaled(cost.active_parameters, 1e6),
+        "MFLOP per token": _scaled(cost.flops_per_token, 1e6),
+        "load s": cost.load_seconds,
+        "MB of weights": _scaled(cost.weights_memory_bytes, 1e6),
+        "peak MB, loading": _scaled(cost.load_peak_bytes, 1e6),
+        "peak MB, running": _scaled(cost.peak_memory_bytes, 1e6),
+    }
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def machine(threads: int, device: torch.device | None = None) -> dict[str, Any]:
     """The processor and what else has a say in a time."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    has_gpu = device is not None and device.type == "cuda"
     return {
         "processor": names[0] if names else platform.processor(),
+        "gpu": torch.cuda.get_device_name(device) if has_gpu else None,
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "threads": threads,
         "versions": {name: version(name) for name in ("smelt", "torch", "transformers")},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def save(found: Decoded, path: Path) -> None:
-    """Write a run as JSON; a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise SmeltError(f"{path}: the results cannot be written there ({error}).") from None

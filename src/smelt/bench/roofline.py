@@ -2,9 +2,11 @@
 
 A decode step reads weights for a few rows of input. It is never faster than its bytes at the rate
 at which the product of one row reads weights, nor than its FLOPs at the rate of products of as many
-rows as the batch has. Both rates are the best of several matrices, so that a floor is a floor.
+rows as the batch has. Both rates are the best of several matrices, so that a floor is a floor. The
+rate of copying memory stands beside them: nothing of a model is in it.
 """
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,8 @@ from smelt.bench.clock import timed
 MIB = 1 << 20
 SHAPES = {"cpu": ((4096, 1024), (1024, 4096)), "cuda": ((16384, 4096), (4096, 16384))}
 """[outputs, inputs] of the matrices read, wide and narrow; a GPU's are worth a launch each."""
+MOST_ROWS = 256
+"""Of a product whose rate is measured: with more, it is no faster for its FLOPs."""
 
 
 @dataclass
@@ -27,6 +31,11 @@ class Rates:
     memory: float = 0.0  # bytes per second, out of a buffer far larger than the cache
     cache: float | None = None  # bytes per second, out of the last cache; None: not measured (GPUs)
     flops: dict[int, float] = field(default_factory=dict)  # per second, by rows of input
+    copy: float | None = None  # bytes per second, read and written, of a copy in memory
+
+    def flops_at(self, rows: int) -> float:
+        """FLOPs per second of products of so many rows, or of the most that were measured."""
+        return self.flops.get(rows) or self.flops[max(r for r in self.flops if r <= rows)]
 
 
 @dataclass
@@ -34,41 +43,53 @@ class Roofline:
     """Measures the rates again at every `turn`, in between whatever is held against them.
 
     A measurement takes some tens of milliseconds, as the steps do: the best of many short ones
-    would find moments of quiet that no step can.
+    would find moments of quiet that no step can. Where it takes longer (caches of hundreds of MB)
+    a turn is left out once `always` were made and they took a quarter of all time.
     """
 
     dtype: torch.dtype
     device: torch.device
     rows: Iterable[int]
+    always: int = 5
     wall: Rates = field(default_factory=Rates)
     processor: Rates = field(default_factory=Rates)  # per second of the processor
 
     def __post_init__(self) -> None:
-        self.rows = sorted(set(self.rows))
-        shapes = SHAPES[self.device.type]
-        self._far = [self._matrices(shape, 8 * last_cache_bytes(self.device)) for shape in shapes]
-        small = ((o // 2, i) for o, i in shapes) if self.device.type == "cpu" else ()
-        self._near = [self._matrices(shape, 1) for shape in small]
+        self.rows = sorted({min(rows, MOST_ROWS) for rows in self.rows})
+        self.shapes = SHAPES[self.device.type]
+        outputs, inputs = self.shapes[0]
+        size = outputs * inputs
+        count = max(2, far_bytes(self.device) // (size * self.dtype.itemsize))
+        self._far = torch.full((count, size), 0.5, dtype=self.dtype, device=self.device)
+        near = size // 2 if self.device.type == "cpu" else 0
+        self._near = torch.full((near,), 0.5, dtype=self.dtype, device=self.device)
+        self._turns, self._spent, self._begin = 0, 0.0, time.perf_counter()
 
     def turn(self) -> None:
         """Measure everything once more; the best counts."""
-        for matrices in self._far:
-            for best, found in self._both(self._read(matrices, 4)):
+        begin = time.perf_counter()
+        if self._turns >= self.always and self._spent > (begin - self._begin) / 4:
+            return
+        passes = max(1, min(4, 1024 * MIB // self._far.nbytes))
+        for outputs, inputs in self.shapes:
+            matrices = self._far.view(-1, outputs, inputs)
+            for best, found in self._both(self._read(matrices, passes)):
                 best.memory = max(best.memory, found)
-        for matrices in self._near:
-            for best, found in self._both(self._read(matrices, 16)):
-                best.cache = max(best.cache or 0.0, found)
-        for matrices in self._near or self._far:
+            if self._near.numel():
+                half = self._near.view(1, outputs // 2, inputs)
+                for best, found in self._both(self._read(half, 16)):
+                    best.cache = max(best.cache or 0.0, found)
+                matrices = half
             for rows in self.rows:
                 for best, found in self._both(self._product(matrices[0], rows)):
                     best.flops[rows] = max(best.flops.get(rows, 0.0), found)
+        for best, found in self._both(self._copy(passes)):
+            best.copy = max(best.copy or 0.0, found)
+        self._turns += 1
+        self._spent += time.perf_counter() - begin
 
     def _both(self, rates: tuple[float, float]) -> Iterable[tuple[Rates, float]]:
         return zip((self.wall, self.processor), rates, strict=True)
-
-    def _matrices(self, shape: tuple[int, int], num_bytes: int) -> Tensor:
-        count = max(1, num_bytes // (shape[0] * shape[1] * self.dtype.itemsize))
-        return torch.full((count, *shape), 0.5, dtype=self.dtype, device=self.device)
 
     def _read(self, matrices: Tensor, repeats: int) -> tuple[float, float]:
         """Bytes per second, by either clock, of products of one row with each matrix in turn."""
@@ -92,10 +113,26 @@ class Roofline:
 
         return self._rates(2 * repeats * rows * matrix.numel(), job)
 
+    def _copy(self, repeats: int) -> tuple[float, float]:
+        """Bytes per second, read and written, of copying one half of the buffer to the other."""
+        half = len(self._far) // 2
+        source, target = self._far[:half], self._far[half : 2 * half]
+
+        def job() -> None:
+            for _ in range(repeats):
+                target.copy_(source)
+
+        return self._rates(repeats * 2 * source.nbytes, job)
+
     def _rates(self, amount: int, job: Callable[[], None]) -> tuple[float, float]:
         job()
         taken = timed(job, self.device)
         return amount / taken.least, amount / taken.least_processor
+
+
+def far_bytes(device: torch.device) -> int:
+    """Bytes of the buffer that memory is read out of: four times the last cache."""
+    return 4 * last_cache_bytes(device)
 
 
 def last_cache_bytes(device: torch.device) -> int:

@@ -1,14 +1,21 @@
 """The models that a benchmark takes turns with."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 
-from smelt.bench.traffic import Cost, SaMoECost, StockCost
-from smelt.checkpoint.describe import describe
+from smelt.bench.traffic import Cost, SaMoECost
+from smelt.bench.tree import TreeCost, tree_cost
+from smelt.checkpoint.bind import MoeLayer, NoExpertsError, find_layers
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError, RecipeError
 from smelt.samoe.config import SaMoEConfig
@@ -26,6 +33,19 @@ class Subject:
     cost: Cost | None  # None: only time is measured
     threshold: float | None = None
     kept: tuple[int, ...] | None = None  # pool entries run, by MoE layer
+    layers: tuple[MoeLayer, ...] | None = ()  # of stock families; None: experts we do not know
+    fingerprint: str | None = None
+
+    def num_stored(self, calls: Sequence[Sequence[Tensor]]) -> list[int]:
+        """By MoE layer, how many experts there are weights for."""
+        if isinstance(self.cost, TreeCost):
+            return [len(sizes) for sizes in self.cost.experts]
+        return [layer.experts for layer in self.model.config.layout.layers][: len(calls)]
+
+    def choose(self) -> None:
+        """Let the model run the entries of this subject: several subjects can share a model."""
+        if isinstance(self.model, SaMoEForCausalLM):
+            self.model.skip_entries(self.threshold or 0.0)
 
 
 def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
@@ -55,37 +75,64 @@ def load(
         CheckpointError: not a checkpoint, or not of a model that writes one token after another.
     """
     checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
-    if checkpoint.config.is_encoder_decoder:
-        raise CheckpointError(
-            f"{checkpoint.folder}: an encoder–decoder. Decode steps are measured of decoder-only "
-            "models."
-        )
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, RecipeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {checkpoint.cls.__name__} writes no token after another "
-            f"({str(error).splitlines()[0]}). Give a causal language model."
-        ) from None
+    model = in_memory(checkpoint, dtype, device)
+    return subject(model, checkpoint.folder.name, checkpoint.fingerprint)
+
+
+def in_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with its weights in the memory of a device, as transformers loads it.
+
+    Raises:
+        CheckpointError: a weight is missing, or no such model writes one token after another.
+    """
+    checkpoint.check()
+    model = _model(checkpoint, dtype)
     for parameter in model.parameters():  # out of the mapped file
         parameter.data = parameter.data.clone()
     torch.nn.Module.to(model, device)
-    return Subject(checkpoint.folder.name, model.eval(), _cost(checkpoint, model))
+    model.eval()
+    return model
 
 
-def _cost(checkpoint: Checkpoint, model: PreTrainedModel) -> Cost | None:
+def subject(model: PreTrainedModel, name: str, fingerprint: str | None = None) -> Subject:
+    """A model in memory as a subject."""
     if isinstance(model, SaMoEForCausalLM):
-        return SaMoECost(cast(SaMoEConfig, model.config))
-    config = checkpoint.config.get_text_config()
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    if any(getattr(config, size, None) is None for size in sizes):
-        return None
+        cost = SaMoECost(cast(SaMoEConfig, model.config))
+        return Subject(name, model, cost, fingerprint=fingerprint)
     try:
-        return StockCost(describe(checkpoint), config)
-    except CheckpointError:  # no experts, or a family that is not covered
-        return None
+        layers = tuple(find_layers(model))
+    except NoExpertsError:
+        layers = ()
+    except CheckpointError:  # experts that smelt does not read
+        return Subject(name, model, None, layers=None, fingerprint=fingerprint)
+    return Subject(name, model, tree_cost(model, layers), layers=layers, fingerprint=fingerprint)
+
+
+def _model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as transformers loads it, by whichever of its classes writes tokens."""
+    autos: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    if checkpoint.config.is_encoder_decoder:
+        autos = [AutoModelForSeq2SeqLM]
+    said = ""
+    for auto in autos:
+        try:
+            found: PreTrainedModel
+            found, about = auto.from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                trust_remote_code=checkpoint.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (ValueError, ImportError, RecipeError) as error:
+            said = said or str(error).strip().splitlines()[0]
+            continue
+        if not about["missing_keys"]:
+            return found
+        said = f"it has no {min(about['missing_keys'])}"
+    raise CheckpointError(
+        f"{checkpoint.folder}: {checkpoint.cls.__name__} writes no token after another ({said}). "
+        "Give a language model."
+    )
 
 
 def variants(subjects: Sequence[Subject], thresholds: Sequence[float]) -> list[Subject]:
@@ -103,7 +150,7 @@ def variants(subjects: Sequence[Subject], thresholds: Sequence[float]) -> list[S
         try:
             for threshold in thresholds:
                 kept = tuple(len(entries) for entries in model.skip_entries(threshold))
-                found.append(Subject(subject.name, model, subject.cost, threshold, kept))
+                found.append(replace(subject, threshold=threshold, kept=kept))
         finally:
             model.skip_entries(0.0)
     if thresholds and len(found) == len(subjects):

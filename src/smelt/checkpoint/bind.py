@@ -29,6 +29,10 @@ from smelt.errors import CheckpointError
 from smelt.experts import ExpertBank
 
 
+class NoExpertsError(CheckpointError):
+    """A model that has no experts: dense, and nothing to merge."""
+
+
 @dataclass(frozen=True)
 class MoeLayer:
     """One MoE layer of a model: where it is and what its modules say of it."""
@@ -87,7 +91,7 @@ def find_layers(model: PreTrainedModel) -> list[MoeLayer]:
                 f"Family {kind!r} has experts, but none that follow transformers' experts "
                 "contract. docs/add-a-family.md says how such a family is added."
             )
-        raise CheckpointError(
+        raise NoExpertsError(
             f"Family {kind!r}: this model has no experts, so there is nothing to merge. smelt "
             "compresses mixture-of-experts models."
         )

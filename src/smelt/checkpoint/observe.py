@@ -6,7 +6,7 @@ statistics while an expert's output is still in cache.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,41 @@ def watch(model: nn.Module, layer: MoeLayer, rows: Rows, sums: Accumulator) -> I
         if hook is not None:
             hook.remove()
         capacity()
+
+
+@contextlib.contextmanager
+def reached(model: nn.Module, layers: Sequence[MoeLayer]) -> Iterator[list[list[Tensor]]]:
+    """Within: by layer, the ids [U] of the stored experts that each call of its experts reaches.
+
+    Stored ones: in a mapped checkpoint several choices may be served by one, or by none.
+    """
+    found: list[list[Tensor]] = [[] for _ in layers]
+    hooks = []
+    for layer, calls in zip(layers, found, strict=True):
+
+        def note(module: Any, given: Any, named: Any, calls: list[Tensor] = calls) -> None:
+            values = [*given, *named.values()]  # hidden states, choices, their weights
+            calls.append(_reached(module, values[1], values[2]))
+
+        experts = model.get_submodule(layer.experts)
+        hooks.append(experts.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _reached(experts: Any, choice: Tensor, weight: Tensor) -> Tensor:
+    """The stored experts among the choices, ascending; a choice of weight 0 is none (Zaya)."""
+    if is_module_dict(experts):
+        ids = _ids(choice).flatten()
+    else:
+        ids = choice[weight != 0]
+    if hasattr(experts, "expert_map"):
+        slots = experts.expert_map.long()
+        ids = slots[ids[(ids >= 0) & (ids < len(slots))]]
+    return ids[(ids >= 0) & (ids < experts.num_experts)].unique()
 
 
 def _ids(one_hot: Tensor) -> Tensor:

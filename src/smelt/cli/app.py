@@ -35,6 +35,6 @@ for command in (
     analyse,
     export,
     study,
+    bench,
 ):
     app.command()(command)
-app.add_typer(bench)

@@ -1,8 +1,8 @@
-"""The commands that measure what a checkpoint costs to run: `smelt bench decode`."""
+"""The command that measures what checkpoints cost to run: `smelt bench`."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,27 +11,28 @@ from smelt.cli.screen import Screen
 from smelt.errors import RecipeError
 
 if TYPE_CHECKING:
-    from smelt.bench.decode import DecodeSettings
-    from smelt.bench.records import Decoded
-
-bench = typer.Typer(
-    name="bench",
-    help="Measure what checkpoints cost to run, side by side.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+    from smelt.bench.file import Bench
+    from smelt.bench.roofline import Rates
 
 
-@bench.callback()
-def _group() -> None:
-    """Measure what checkpoints cost to run, side by side."""
-
-
-@bench.command()
-def decode(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders or hub ids.")],
-    batch: Annotated[str, typer.Option("--batch", help="Sequences at a time.")] = "1,8,64,256",
-    context: Annotated[str, typer.Option("--context", help="Tokens in the cache.")] = "0,512",
+def bench(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[decode|prefill|memory|load]... CHECKPOINT...",
+            help="What to measure (everything, if nothing is named), then checkpoint folders or "
+            "hub ids.",
+        ),
+    ],
+    batch: Annotated[
+        str, typer.Option("--batch", help="Sequences at a time, decoding.")
+    ] = "1,8,64",
+    context: Annotated[
+        str | None, typer.Option("--context", help="Tokens in the cache, decoding. [0,512]")
+    ] = None,
+    length: Annotated[
+        str | None, typer.Option("--length", help="Tokens of a text, prefill. [128,512]")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -57,58 +58,62 @@ def decode(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Time cached decode steps of checkpoints in turns, beside the floors of this machine.
+    """Measure what checkpoints cost to run, in turns, beside the floors of this machine.
 
-    A step's floor is the larger of its bytes at the measured rate of reading weights and its FLOPs
-    at the measured rate of products of as many rows; all in one dtype and on one device.
+    Decode: milliseconds per cached step. Prefill: tokens per second. Memory and load: each in a
+    process of its own. A floor is the larger of the bytes at the measured rate of reading weights
+    and the FLOPs at the measured rate of products of as many rows. A machine that is not quiet, and
+    a model that is too small for its times to tell, are named (docs/benchmarks.md).
 
-    Example: smelt bench decode small wide --batch 1,64 --context 0
+    Example: smelt bench original small -o bench.json
     """
     screen = Screen(as_json=as_json, quiet=quiet)
-    batches, contexts = _numbers("--batch", batch), _numbers("--context", context)
+    what, sources = _split(checkpoints)
+    batches = _numbers("--batch", batch)
+    contexts = None if context is None else _numbers("--context", context)
+    lengths = None if length is None else _numbers("--length", length)
     if output is not None and output.exists():
         raise RecipeError(f"{output}: exists. smelt overwrites nothing: name another file.")
     from transformers import logging
 
     logging.disable_progress_bar()  # transformers' own bars: ours say enough
-    from smelt.bench import decode as measuring
-    from smelt.bench.records import save
-    from smelt.bench.subjects import load, parse_dtype
-    from smelt.checkpoint.device import check_device
+    from smelt import api
+    from smelt.bench import file
 
-    chosen = check_device(device or "cpu")
-    settings = measuring.DecodeSettings(
-        batches=batches,
-        contexts=contexts,
-        turns=repeats,
-        skip_alpha=tuple(skip_alpha or ()),
-        dtype=parse_dtype(dtype, chosen),
-        device=chosen,
-        threads=threads,
-        seed=seed or 0,
-    )
-    measuring.check(settings)
-    subjects = [
-        load(one, dtype=settings.dtype, device=chosen, trust_remote_code=trust_remote_code)
-        for one in checkpoints
-    ]
-    subjects = [replace(s, name=n) for s, n in zip(subjects, _names(checkpoints), strict=True)]
     with screen.watching() as stages:
-        found = measuring.measure(subjects, settings, stages("decoding"))
-    value = found.to_dict()
+        found = api.bench(
+            sources,
+            what=what,
+            batches=batches,
+            contexts=contexts,
+            lengths=lengths,
+            dtype=dtype,
+            device=device or "cpu",
+            threads=threads,
+            turns=repeats,
+            skip_alpha=skip_alpha or (),
+            seed=seed or 0,
+            trust_remote_code=trust_remote_code,
+            stages=stages,
+        )
     if output is not None:
-        save(found, output)
-    screen.result(value | {"seconds": screen.seconds}, _report(found, settings, output))
+        file.save(found, output)
+    screen.result(found.to_dict() | {"seconds": screen.seconds}, _report(found, output))
 
 
-def _names(sources: list[str]) -> list[str]:
-    """The shortest ends of the paths that differ: b, or a/seed-0 where there is c/seed-0 too."""
-    parts = [Path(source).expanduser().resolve().parts for source in sources]
-    for length in range(1, max(map(len, parts))):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    return sources
+def _split(words: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """What to measure, and of which checkpoints; a folder of such a name is given as ./decode."""
+    names = ("decode", "prefill", "memory", "load")
+    sources = list(words)
+    what = []
+    while sources and sources[0] in names:
+        what.append(sources.pop(0))
+    if not sources:
+        raise RecipeError(
+            f"smelt bench {' '.join(words)}: no checkpoint is named. Give folders or hub ids; a "
+            f"folder called {words[-1]} is ./{words[-1]}."
+        )
+    return tuple(dict.fromkeys(what)), sources
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -120,17 +125,38 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _report(found: "Decoded", settings: "DecodeSettings", output: Path | None) -> str:
+def _report(found: "Bench", output: Path | None) -> str:
+    from smelt.bench.records import cost_row, decode_row, prefill_row
     from smelt.evaluate.results import markdown
 
-    rates, dtype = found.rates, str(settings.dtype).removeprefix("torch.")
+    own = found.settings
+    threads = "" if own["device"].startswith("cuda") else f", {own['threads']} thread(s)"
+    parts = [f"{own['dtype']} on {own['device']}{threads}"]
+    if found.rates is not None:
+        parts[0] += (
+            f"; {own['turns']} turns, of {own['steps']} decode steps each; milliseconds of the "
+            "fastest turn, and the median of the turns; ± %: how far two runs' medians lie apart, "
+            f"by the turns of this one\n{_rates(found.rates)}"
+        )
+    tables: list[tuple[str, list[dict[str, Any]]]] = [
+        ("Checkpoints", [cost_row(one) for one in found.checkpoints]),
+        ("Decode", [decode_row(one) for one in found.decode]),
+        ("Prefill", [prefill_row(one) for one in found.prefill]),
+    ]
+    parts += [f"{title}\n\n{markdown(rows).rstrip()}" for title, rows in tables if rows]
+    parts += [f"warning: {said}" for said in found.warnings]
+    if found.rates is not None and found.quiet["is_quiet"]:
+        parts.append("The machine was quiet.")
+    if output is not None:
+        parts.append(f"Saved to {output}")
+    return "\n\n".join(parts)
+
+
+def _rates(rates: "Rates") -> str:
     cache = "" if rates.cache is None else f" ({rates.cache / 1e9:.3g} out of the cache)"
     flops = ", ".join(f"{v / 1e9:.3g} at {rows} rows" for rows, v in sorted(rates.flops.items()))
-    threads = "" if settings.device.type == "cuda" else f", {settings.threads} thread(s)"
-    how = (
-        f"{dtype} on {settings.device}{threads}; {settings.turns} turns of {settings.steps} steps; "
-        "milliseconds per step: the fastest turn, and the median of the turns\n"
-        f"read: {rates.memory / 1e9:.3g} GB/s out of memory{cache}; products: {flops} GFLOP/s"
+    copy = "" if rates.copy is None else f"; copy: {rates.copy / 1e9:.3g} GB/s, read and written"
+    return (
+        f"floors, from products: read {rates.memory / 1e9:.3g} GB/s out of memory{cache}, "
+        f"{flops} GFLOP/s{copy}"
     )
-    saved = f"\nSaved to {output}" if output else ""
-    return f"{how}\n\n{markdown(found.rows())}{saved}"

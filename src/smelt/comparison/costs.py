@@ -1,6 +1,6 @@
 """What a checkpoint costs: parameters, those that are not zero, bytes on disk, FLOPs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from smelt.bench.flops import grouped_flops
 from smelt.checkpoint.bind import find_layers
 from smelt.checkpoint.observe import lift_capacity
 from smelt.checkpoint.shards import read_header
@@ -39,7 +40,7 @@ def costs(folder: str | Path, *, seed: int = 0) -> dict[str, Any]:
     layers = find_layers(checkpoint.model)
     for layer in layers:
         lift_capacity(model, layer)  # every token meets its experts, however they are crowded
-    grouped: Any = {torch.ops.aten._grouped_mm: _grouped_flops}
+    grouped: Any = {torch.ops.aten._grouped_mm: grouped_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=grouped) as counter:
         model(**inputs_of(model, ROWS, LENGTH, seed), use_cache=False)
     by_module: Mapping[str, Any] = counter.get_flop_counts()
@@ -60,11 +61,6 @@ def costs(folder: str | Path, *, seed: int = 0) -> dict[str, Any]:
         "flops_per_token": counter.get_total_flops() / tokens,
         "moe_flops_per_token": moe / tokens,
     }
-
-
-def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of rows [M, K] times matrices [G, K, N], every row with one of them: torch counts none."""
-    return 2 * a[0] * a[1] * b[-1]
 
 
 def inputs_of(model: PreTrainedModel, rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
