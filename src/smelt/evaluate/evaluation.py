@@ -11,8 +11,11 @@ from smelt.checkpoint.whole import load_model
 from smelt.compress.pipeline import Stages, read_text, silent
 from smelt.evaluate.compare import Compared, compare
 from smelt.evaluate.fidelity import Fidelity, fidelity
+from smelt.evaluate.harness_tasks import HarnessTask
+from smelt.evaluate.outcomes import TaskScore
 from smelt.evaluate.results import Result, Setting
-from smelt.evaluate.tasks import Items, TaskScore, ask_items
+from smelt.evaluate.task_files import Items
+from smelt.evaluate.tasks import ask_items
 from smelt.evaluate.text2text import Asked, Benchmark, ask_benchmark
 from smelt.recipe import CalibrationRecipe
 
@@ -99,7 +102,7 @@ def measure_text(
 def measure_tasks(
     checkpoints: Sequence[Checkpoint],
     names: Sequence[str],
-    items: Sequence[Items],
+    items: Sequence[Items | HarnessTask],
     *,
     seed: int = 0,
     device: str = "cpu",

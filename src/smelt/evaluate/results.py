@@ -51,6 +51,9 @@ class Result:
     versions: Mapping[str, str]
     commit: str | None  # of smelt's own clone; "+" after it: with changes
     time: str  # UTC, ISO 8601
+    unit: str | None = None  # what `n` counts, where it is said
+    harness: Mapping[str, Any] | None = None
+    """Of a task: version of lm_eval, shots, SHA-256 of all that was asked. None: no harness."""
 
 
 def record(
