@@ -8,8 +8,10 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,26 +62,60 @@ def find_tasks(
         raise RecipeError(f"{task_folder}: there is no such folder of tasks.")
     if not names:
         return {}
+    folder = None if task_folder is None else Path(task_folder)
+    found: dict[str, list[HarnessTask]] = {}
+    managers: dict[bool, Any] = {}
+    for name in names:
+        plain = name.removeprefix(prefix)
+        is_own = folder is not None and _is_named(plain, folder)
+        if not is_own and not _is_named(plain, _harness_folder()):
+            raise RecipeError(
+                f"there is no task {name!r}. The tasks are: {', '.join(own)}; and those of "
+                "lm-evaluation-harness by their own names (lm-eval ls tasks), where their data can "
+                "be had."
+            )
+        if is_own not in managers:
+            managers[is_own] = _manager(folder, with_defaults=not is_own)
+        if plain not in managers[is_own].all_tasks:
+            raise RecipeError(
+                f"there is no task {name!r}: lm-evaluation-harness has files that hold the name, "
+                "but no task, group or tag that is called so."
+            )
+        found[name] = [
+            _ready(title, made, limit, shots, execute_code)
+            for title, made in _load(managers[is_own], plain).items()
+        ]
+    return found
+
+
+def _harness_folder() -> Path:
+    spec = find_spec("lm_eval")
+    assert spec is not None and spec.origin is not None, "read_items looks for the harness first"
+    return Path(spec.origin).parent / "tasks"
+
+
+def _is_named(name: str, folder: Path) -> bool:
+    """Whether a YAML file holds the name: 14,000 files are sooner searched than parsed."""
+    word = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    files = (path for path in folder.rglob("*") if path.name.endswith(("yaml", "yml")))
+    return any(word.search(path.read_text(encoding="utf-8", errors="replace")) for path in files)
+
+
+def _manager(folder: Path | None, *, with_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
     from smelt.evaluate.task_scorer import quiet, unheard
 
-    with quiet(), unheard():
-        manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    found: dict[str, list[HarnessTask]] = {}
-    for name in names:
-        plain = name.removeprefix(prefix)
-        if plain not in manager.all_tasks:
-            raise RecipeError(
-                f"there is no task {name!r}. The tasks are: {', '.join(own)}; and the "
-                f"{len(manager.all_tasks):,} of lm-evaluation-harness by their own names (lm_eval "
-                "ls tasks), where their data can be had."
-            )
-        found[name] = [
-            _ready(title, made, limit, shots, execute_code)
-            for title, made in _load(manager, plain).items()
-        ]
-    return found
+    path = None if folder is None else str(folder)
+    try:
+        with quiet(), unheard():
+            return TaskManager(include_path=path, include_defaults=with_defaults)
+    except Exception as error:  # a YAML file of the user's that does not parse
+        told = " ".join(str(error).split())
+        raise RecipeError(
+            f"{folder}: a file of it cannot be read as a task of lm-evaluation-harness "
+            f"({type(error).__name__}: {told[:300]})."
+        ) from None
 
 
 def _load(manager: Any, name: str) -> Mapping[str, Any]:
