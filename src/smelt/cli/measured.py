@@ -42,7 +42,7 @@ def task_rows(tasks: "dict[str, list[TaskScore]]", cell: Any) -> list[dict[str, 
     lines: list[dict[str, Any]] = []
     for scores in zip(*tasks.values(), strict=True):
         first = scores[0]
-        line = {"task": first.task, "metric": first.metric, "items": first.n}
+        line = {"task": first.task, "metric": first.metric, "n": first.n, "of": first.unit}
         line["chance"] = None if first.chance is None else cell(first.chance)
         for name, score in zip(tasks, scores, strict=True):
             error = score.standard_error

@@ -58,7 +58,8 @@ def save_answers(answers: Sequence[Answers], path: str | Path) -> None:
         }
         for one in answers
     ]
-    write({"version": VERSION, "kind": "items", "sha256": digest(entries), "items": entries}, path)
+    value = {"version": VERSION, "kind": "items", "sha256": digest(entries), "items": entries}
+    write(value, path, indent=None)
 
 
 def _entry(outcome: Outcome) -> dict[str, Any]:

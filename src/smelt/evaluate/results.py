@@ -113,17 +113,19 @@ def save(results: Sequence[Result], path: str | Path) -> None:
     """Write the records as JSON; a reader never sees half of them. Inf is written as null."""
     entries = [dataclasses.asdict(result) for result in results]
     for entry in entries:
-        entry["value"] = entry["value"] if math.isfinite(entry["value"]) else None
+        for name in ("value", "standard_error"):
+            number = entry[name]
+            entry[name] = number if number is not None and math.isfinite(number) else None
     write({"version": VERSION, "sha256": digest(entries), "results": entries}, path)
 
 
-def write(value: Any, path: str | Path) -> None:
+def write(value: Any, path: str | Path, *, indent: int | None = 1) -> None:
     """Write measurements as JSON, at once or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:

@@ -56,9 +56,9 @@ METRICS: Mapping[str, Metric] = {
     "acc": Metric("acc"),
     "acc_norm": Metric("acc_norm", guess=lambda chance, num, right: (chance,)),
     "perplexity": Metric("perplexity", "perplexity", guess=None),
-    "word_perplexity": Metric("word_perplexity", "weighted perplexity", _pair, None),
-    "byte_perplexity": Metric("byte_perplexity", "weighted perplexity", _pair, None),
-    "bits_per_byte": Metric("bits_per_byte", "bits", _pair, None),
+    "word_perplexity": Metric("word_perplexity", "weighted perplexity", _pair, None, unit="pages"),
+    "byte_perplexity": Metric("byte_perplexity", "weighted perplexity", _pair, None, unit="pages"),
+    "bits_per_byte": Metric("bits_per_byte", "bits", _pair, None, unit="pages"),
     "macro F1": Metric("f1", "macro F1", _counts, _counted),
     "F1 of answers": Metric(
         "f1",
