@@ -15,7 +15,7 @@ from smelt.api.compressing import (
     open_checkpoint,
     plan,
 )
-from smelt.api.measuring import analyse, bench, evaluate
+from smelt.api.measuring import analyse, bench, evaluate, generate, last_of, spreads_of
 from smelt.api.training import export, heal, study, train
 
 __all__ = [
@@ -28,11 +28,14 @@ __all__ = [
     "compress_by",
     "evaluate",
     "export",
+    "generate",
     "heal",
     "inspect",
+    "last_of",
     "load_stats",
     "open_checkpoint",
     "plan",
+    "spreads_of",
     "study",
     "train",
 ]

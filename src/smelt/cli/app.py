@@ -10,6 +10,7 @@ from smelt.cli.exporting import export
 from smelt.cli.healing import heal
 from smelt.cli.inspecting import inspect
 from smelt.cli.measuring import evaluate
+from smelt.cli.pairing import compare
 from smelt.cli.studying import study
 from smelt.cli.training import train
 
@@ -27,6 +28,7 @@ for command in (
     inspect,
     compress,
     evaluate,
+    compare,
     calibrate,
     plan,
     apply,

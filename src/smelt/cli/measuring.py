@@ -1,17 +1,13 @@
 """The command that measures quality: `evaluate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from smelt.cli import options
+from smelt.cli import measured, options
 from smelt.cli.screen import Screen
 from smelt.errors import RecipeError
-
-if TYPE_CHECKING:
-    from smelt.evaluate.tasks import TaskScore
-    from smelt.evaluate.text2text import Benchmark
 
 
 def evaluate(
@@ -22,8 +18,57 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option("--tasks", help="Zero-shot tasks, e.g. blimp,lambada (files in SMELT_DATA)."),
+        typer.Option(
+            "--tasks",
+            help="Zero-shot tasks, e.g. blimp,lambada (files in SMELT_DATA), or those of "
+            "lm-evaluation-harness by their names (docs/evaluation.md).",
+        ),
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", min=0, help="Solved examples before every question of a task."),
+    ] = None,
+    execute_code: Annotated[
+        bool,
+        typer.Option(
+            "--execute-code", help="Allow humaneval: run what the model writes, in a sandbox."
+        ),
+    ] = False,
+    task_folder: Annotated[
+        Path | None,
+        typer.Option("--task-folder", help="More tasks: lm-evaluation-harness's YAML files."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="Each checkpoint less the first, item by item: paired bootstrap."
+        ),
+    ] = False,
+    items: Annotated[
+        Path | None,
+        typer.Option("--items", help="Save what became of every item, for `smelt compare`."),
+    ] = None,
+    last: Annotated[
+        int | None,
+        typer.Option(
+            "--last", min=1, help="Of each run of `smelt train`: the last so many checkpoints."
+        ),
+    ] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            "--generate",
+            min=8,
+            help="Let each write so many tokens after beginnings of the text: repetition, loops, "
+            "KL to the original.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=2, help="Beginnings to go on from, with --generate.")
+    ] = 64,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="Of --generate; 0 is greedy.")
+    ] = 0.0,
     benchmarks: Annotated[
         str | None,
         typer.Option(
@@ -76,9 +121,11 @@ def evaluate(
     """Measure checkpoints side by side on any text: loss, perplexity, bits per byte, fidelity.
 
     The text is 32,768 tokens held out of the Python library, unless --text and --tokens say others.
-    With --tasks or --benchmarks alone, they are all that is measured.
+    With --tasks, --benchmarks or --generate alone, they are all that is measured.
 
     Example: smelt evaluate SRC small --original SRC --text notes.txt
+
+    Example: smelt evaluate SRC small --tasks copa,piqa --compare -o scores.json --items items.json
 
     Example: smelt evaluate switch-sst2 --benchmarks sst2 --outcomes sst2.json
     """
@@ -86,116 +133,88 @@ def evaluate(
     recipe = options.text_recipe({"text": text, "num_tokens": tokens, "seed": seed}, settings)
     from smelt import api
     from smelt.evaluate import results
+    from smelt.evaluate.asking import Asking
+    from smelt.evaluate.evaluation import Evaluation
+    from smelt.evaluate.item_files import save_answers
     from smelt.evaluate.text2text import save_outcomes
 
-    for path in (output, outcomes):
+    for path in (output, outcomes, items):
         if path is not None and path.exists():
             raise RecipeError(f"{path}: exists. smelt overwrites nothing: name another file.")
     if part not in ("report", "choose"):
         raise RecipeError(f"--part {part}: say report or choose.")
-    with screen.watching() as stages:
-        found = api.evaluate(
-            checkpoints,
-            original=original,
-            tasks=[] if tasks is None else [name.strip() for name in tasks.split(",")],
-            benchmarks=[] if benchmarks is None else [n.strip() for n in benchmarks.split(",")],
-            part=part,  # type: ignore[arg-type]
-            limit=limit,
-            max_input=max_input,
-            device=device or "cpu",
-            bits_per_byte_only=bits_per_byte_only,
-            trust_remote_code=trust_remote_code,
-            stages=stages,
-            **recipe.model_dump(exclude_unset=True),
+    if items is not None and tasks is None:
+        raise RecipeError(
+            "--items saves what became of the items of tasks: name some with --tasks."
         )
+    runs = api.last_of(checkpoints, last) if last is not None else {}
+    paths = [path for kept in runs.values() for path in kept] if runs else checkpoints
+    given = recipe.model_dump(exclude_unset=True)
+    is_asked = tasks is not None or benchmarks is not None or given.keys() & {"text", "num_tokens"}
+    with screen.watching() as stages:
+        written = []
+        if generate is not None:
+            how = {"tokens": generate, "prompts": prompts, "temperature": temperature}
+            written = api.generate(
+                paths,
+                original=original,
+                how=how,
+                device=device or "cpu",
+                trust_remote_code=trust_remote_code,
+                stages=stages,
+                **given,
+            )
+        found = Evaluation()
+        if is_asked or generate is None:
+            found = api.evaluate(
+                paths,
+                original=original,
+                tasks=_listed(tasks),
+                benchmarks=_listed(benchmarks),
+                part=part,  # type: ignore[arg-type]
+                limit=limit,
+                asking=Asking(
+                    shots=shots,
+                    execute_code=execute_code,
+                    task_folder=task_folder,
+                    compare=compare,
+                ),
+                max_input=max_input,
+                device=device or "cpu",
+                bits_per_byte_only=bits_per_byte_only,
+                trust_remote_code=trust_remote_code,
+                stages=stages,
+                **given,
+            )
+    every = found.results + [record for _, records in written for record in records]
+    spreads = api.spreads_of(runs, every, trust_remote_code=trust_remote_code)
     if output is not None:
-        results.save(found.results, output)
+        results.save(every, output)
     if outcomes is not None:
         save_outcomes(found.benchmarks, outcomes)
+    if items is not None:
+        save_answers(found.answers, items)
     rows = found.rows()
-    value = {"checkpoints": rows, "results": [vars(one) for one in found.results]}
+    value = {
+        "checkpoints": rows,
+        "results": [vars(one) for one in every],
+        "differences": [one.row() for one in found.paired],
+        "spreads": [one.row() for one in spreads],
+        "generations": [{"checkpoint": g.name, "texts": list(g.texts)} for g, _ in written],
+    }
     tables = [
-        results.markdown(_side_by_side(rows, results.cell)),
-        results.markdown(_task_rows(found.tasks, results.cell)) + _task_notes(found.tasks),
-        results.markdown(_benchmark_rows(found.benchmarks, results.cell))
-        + _benchmark_notes(found.benchmarks),
-        "".join(f"Saved to {path}\n" for path in (output, outcomes) if path),
+        results.markdown(measured.side_by_side(rows, results.cell)),
+        results.markdown(measured.task_rows(found.tasks, results.cell))
+        + measured.task_notes(found.tasks),
+        results.markdown(measured.paired_rows(found.paired)),
+        results.markdown(measured.benchmark_rows(found.benchmarks, results.cell))
+        + measured.benchmark_notes(found.benchmarks),
+        results.markdown(measured.generation_rows([g for g, _ in written], results.cell)),
+        results.markdown(measured.spread_rows(spreads)),
+        "".join(f"Saved to {path}\n" for path in (output, outcomes, items) if path),
     ]
     screen.result(value | {"seconds": screen.seconds}, "\n".join(filter(None, tables)))
 
 
-_ERRORS = {
-    "nats per token": "± se",
-    "bits per byte": "± se, bits",
-    "nats more than the first": "± se, paired",
-}
-"""The column with the standard error of a column."""
-
-
-def _side_by_side(rows: list[dict[str, Any]], cell: Any) -> list[dict[str, Any]]:
-    """A column per checkpoint and a line per figure, with its standard error behind it."""
-    figures = dict.fromkeys(name for row in rows for name in row)
-    lines = []
-    for figure in figures:
-        if figure == "checkpoint" or figure in _ERRORS.values():
-            continue
-        line: dict[str, Any] = {"": figure}
-        for row in rows:
-            error = row.get(_ERRORS.get(figure, ""))
-            value = cell(row.get(figure))
-            line[row["checkpoint"]] = value if error is None else f"{value} ± {error:.1g}"
-        if any(line[row["checkpoint"]] for row in rows):
-            lines.append(line)
-    return lines
-
-
-def _task_rows(tasks: "dict[str, list[TaskScore]]", cell: Any) -> list[dict[str, Any]]:
-    """A line per task and metric, and a column per checkpoint."""
-    lines: list[dict[str, Any]] = []
-    for scores in zip(*tasks.values(), strict=True):
-        first = scores[0]
-        line = {"task": first.task, "metric": first.metric, "items": first.n}
-        line["chance"] = None if first.chance is None else cell(first.chance)
-        for name, score in zip(tasks, scores, strict=True):
-            error = score.standard_error
-            line[name] = cell(score.value) + ("" if error is None else f" ± {error:.1g}")
-        lines.append(line)
-    return lines
-
-
-def _task_notes(tasks: "dict[str, list[TaskScore]]") -> str:
-    """Which of the tasks are subsets, and whose items were cut."""
-    scores = [(name, score) for name, found in tasks.items() for score in found]
-    notes = dict.fromkeys(score.source for _, score in scores if "subset" in score.source)
-    for name, score in scores:
-        if score.num_cut and score.source.startswith(f"{score.task}/"):
-            notes[f"{name}, {score.task}: {score.num_cut:,} items cut on the left"] = None
-    return "".join(f"- {note}\n" for note in notes)
-
-
-def _benchmark_rows(found: "dict[str, list[Benchmark]]", cell: Any) -> list[dict[str, Any]]:
-    """A line per benchmark and metric: a column per checkpoint, and the best rule without one."""
-    lines: list[dict[str, Any]] = []
-    for benchmarks in zip(*found.values(), strict=True):
-        for scores in zip(*(one.scores for one in benchmarks), strict=True):
-            first = scores[0]
-            line: dict[str, Any] = {"benchmark": benchmarks[0].task, "metric": first.metric}
-            for name, score in zip(found, scores, strict=True):
-                error = score.standard_error
-                line[name] = cell(score.value) + ("" if error is None else f" ± {error:.1g}")
-            rules = sorted(first.trivial, key=first.trivial.__getitem__)
-            line["without a model"] = cell(first.trivial[rules[-1]]) if rules else None
-            line["by"] = rules[-1] if rules else None
-            line |= {"n": first.n, "of": first.unit}
-            lines.append(line)
-    return lines
-
-
-def _benchmark_notes(found: "dict[str, list[Benchmark]]") -> str:
-    """Which items each benchmark has, and how many of them were cut."""
-    notes = dict.fromkeys(
-        f"- {one.source}" + (f": {one.share_cut:.1%} of the inputs cut" if one.share_cut else "")
-        for benchmarks in found.values()
-        for one in benchmarks
-    )
-    return "".join(f"{note}\n" for note in notes)
+def _listed(names: str | None) -> list[str]:
+    return [] if names is None else [name.strip() for name in names.split(",")]

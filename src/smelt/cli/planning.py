@@ -16,7 +16,6 @@ from smelt.errors import PlanError, RecipeError
 from smelt.evaluate.results import markdown
 from smelt.recipe import CompressRecipe
 
-
 BUDGETS = ("experts", "keep", "size")
 """The ways to say how small, one of them for a plan."""
 

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from smelt.evaluate.bootstrap import draw_counts
+
 LEVEL = 0.95
 Table = NDArray[np.float64]
 """[S, n]: a value for every seed and unit; the units are the same for all seeds."""
@@ -69,15 +71,9 @@ def replicates(table: Table, resamples: int) -> NDArray[np.float64]:
 def draws(seeds: int, units: int, resamples: int) -> tuple[Table, NDArray[np.uint8]]:
     """How often every seed [B, S] and every unit [B, n] is drawn."""
     generator = np.random.default_rng(0)
-
-    def counts(size: int) -> NDArray[np.int64]:
-        rows = [
-            np.bincount(generator.integers(size, size=size), minlength=size)
-            for _ in range(resamples)
-        ]
-        return np.stack(rows)
-
-    return counts(seeds).astype(np.float64), counts(units).astype(np.uint8)
+    of_seeds = draw_counts(generator, seeds, resamples)
+    of_units = draw_counts(generator, units, resamples)
+    return of_seeds.astype(np.float64), of_units.astype(np.uint8)
 
 
 def standard_error(table: Table) -> tuple[float | None, float]:

@@ -11,8 +11,14 @@ from smelt.checkpoint.whole import load_model
 from smelt.compress.pipeline import Stages, read_text, silent
 from smelt.evaluate.compare import Compared, compare
 from smelt.evaluate.fidelity import Fidelity, fidelity
+from smelt.evaluate.harness_tasks import HarnessTask
+from smelt.evaluate.item_files import Answers, answers_of
+from smelt.evaluate.last import Spread
+from smelt.evaluate.outcomes import TaskScore
+from smelt.evaluate.paired import Paired
 from smelt.evaluate.results import Result, Setting
-from smelt.evaluate.tasks import Items, TaskScore, ask_items
+from smelt.evaluate.task_files import Items
+from smelt.evaluate.tasks import ask_outcomes
 from smelt.evaluate.text2text import Asked, Benchmark, ask_benchmark
 from smelt.recipe import CalibrationRecipe
 
@@ -27,6 +33,9 @@ class Evaluation:
     results: list[Result] = field(default_factory=list)  # every number, with what repeats it
     tasks: dict[str, list[TaskScore]] = field(default_factory=dict)  # by the checkpoint's name
     benchmarks: dict[str, list[Benchmark]] = field(default_factory=dict)  # likewise
+    answers: list[Answers] = field(default_factory=list)  # to tasks, by item, of each checkpoint
+    paired: list[Paired] = field(default_factory=list)  # each less the first, where asked for
+    spreads: list[Spread] = field(default_factory=list)  # over the last checkpoints, likewise
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per checkpoint that was compared."""
@@ -99,7 +108,7 @@ def measure_text(
 def measure_tasks(
     checkpoints: Sequence[Checkpoint],
     names: Sequence[str],
-    items: Sequence[Items],
+    items: Sequence[Items | HarnessTask],
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -108,14 +117,16 @@ def measure_tasks(
     """The zero-shot scores of checkpoints, one whole model in memory at a time."""
     found = Evaluation()
     for checkpoint, name in zip(checkpoints, names, strict=True):
-        scores = ask_items(
+        outcomes = ask_outcomes(
             load_model(checkpoint, device),
             checkpoint.tokenizer,
             items,
             seed=seed,
             progress=stages(name),
         )
+        scores = [one.score() for one in outcomes]
         found.tasks[name] = scores
+        found.answers.append(answers_of(checkpoint, name, outcomes, device=device))
         found.results.extend(one.record(checkpoint, seed=seed, device=device) for one in scores)
     return found
 

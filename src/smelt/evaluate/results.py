@@ -51,6 +51,9 @@ class Result:
     versions: Mapping[str, str]
     commit: str | None  # of smelt's own clone; "+" after it: with changes
     time: str  # UTC, ISO 8601
+    unit: str | None = None  # what `n` counts, where it is said
+    harness: Mapping[str, Any] | None = None
+    """Of a task: version of lm_eval, shots, SHA-256 of all that was asked. None: no harness."""
 
 
 def record(
@@ -108,37 +111,114 @@ def _commit() -> str | None:
 
 def save(results: Sequence[Result], path: str | Path) -> None:
     """Write the records as JSON; a reader never sees half of them. Inf is written as null."""
-    path = Path(path)
     entries = [dataclasses.asdict(result) for result in results]
     for entry in entries:
-        entry["value"] = entry["value"] if math.isfinite(entry["value"]) else None
+        for name in ("value", "standard_error"):
+            number = entry[name]
+            entry[name] = number if number is not None and math.isfinite(number) else None
+    write({"version": VERSION, "sha256": digest(entries), "results": entries}, path)
+
+
+def write(value: Any, path: str | Path, *, indent: int | None = 1) -> None:
+    """Write measurements as JSON, at once or not at all."""
+    path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, "results": entries}, indent=1, ensure_ascii=False)
+        text = json.dumps(value, indent=indent, ensure_ascii=False)
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise SmeltError(f"{path}: the results cannot be written there ({error}).") from None
 
 
-def load(path: str | Path) -> list[Result]:
-    """The records of a file, or a SmeltError that says what is wrong with it."""
+def digest(entries: Any) -> str:
+    """SHA-256 of measurements as compact JSON: a file says it of itself, so that edits show."""
+    text = json.dumps(entries, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(path: str | Path, key: str, version: int) -> Any:
+    """What a file of measurements holds under a key, once it is sure that nobody changed it."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if found["version"] != VERSION:
+        if found["version"] != version:
             raise SmeltError(
-                f"{path}: results of version {found['version']}, and this smelt reads {VERSION}."
+                f"{path}: results of version {found['version']}, and this smelt reads {version}."
             )
-        results = []
-        for entry in found["results"]:
-            value = math.inf if entry["value"] is None else entry["value"]
-            results.append(Result(**entry | {"value": value, "text": tuple(entry["text"])}))
+        entries, said = found[key], found.get("sha256")
     except FileNotFoundError:
         raise SmeltError(f"{path}: there are no such results. Check the path.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SmeltError(f"{path}: cannot be read as results ({error}).") from None
-    return results
+    if said is not None and said != digest(entries):
+        raise SmeltError(
+            f"{path}: was edited after it was measured: its numbers are not those of its sha256. "
+            "Restore the file, or measure again."
+        )
+    return entries
+
+
+def load(path: str | Path) -> list[Result]:
+    """The records of a file, or a SmeltError that says what is wrong with it.
+
+    Files without a sha256, of earlier versions, are taken as they are.
+    """
+    try:
+        return [
+            Result(
+                **entry
+                | {
+                    "value": math.inf if entry["value"] is None else entry["value"],
+                    "text": tuple(entry["text"]),
+                }
+            )
+            for entry in read(path, "results", VERSION)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SmeltError(f"{path}: cannot be read as results ({error}).") from None
+
+
+def check_one_harness(results: Sequence[Result]) -> None:
+    """Raise SmeltError where one metric of one task was measured in two ways.
+
+    Numbers of one row of a table are of the same items, prompts, examples and harness. Those of
+    other items, such as a subset, are none of the same thing, however alike their names are.
+    """
+    first: dict[tuple[str, str], Result] = {}
+    for one in results:
+        other = first.setdefault((one.task, one.metric), one)
+        if one.harness is None and other.harness is None:
+            continue
+        found = differing(
+            {"items": other.text_sha256, **(other.harness or {})},
+            {"items": one.text_sha256, **(one.harness or {})},
+        )
+        if found:
+            raise SmeltError(
+                f"{one.task} {one.metric} of {other.checkpoint} and of {one.checkpoint} do not "
+                f"compare: {found}. Measure both with the same settings, on the same items."
+            )
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """Which settings of two measurements differ, with both values; "": none."""
+    found = []
+    for name in dict.fromkeys([*ours, *theirs]):
+        one, other = (str(side.get(name, "none")) for side in (ours, theirs))
+        if one != other:
+            short = [f"{x[:8]}…" if len(x) == 64 else x for x in (one, other)]
+            found.append(f"{_TITLES.get(name, name)} {short[0]} and {short[1]}")
+    return "; ".join(found)
+
+
+_TITLES = {
+    "items": "the items (by SHA-256)",
+    "prompts": "the prompts (by SHA-256)",
+    "lm_eval": "the version of lm-evaluation-harness",
+    "shots": "solved examples",
+    "task_version": "the version of the task",
+}
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -1,79 +1,43 @@
 """Zero-shot tasks: what a causal model finds likelier, scored by lm-evaluation-harness.
 
 Items are local files, `<task>/<split>.jsonl.gz` in the folder that SMELT_DATA names; nothing is
-downloaded. docs/evaluation.md has the protocol and the prompts.
+downloaded for them. docs/evaluation.md has the protocol and the prompts.
 """
 
-import gzip
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import Progress
 from smelt.errors import RecipeError, SmeltError
-from smelt.evaluate.results import Result, Setting, record
+from smelt.evaluate.aggregates import value
+from smelt.evaluate.harness_tasks import HarnessTask, ask_harness, find_tasks
+from smelt.evaluate.outcomes import Outcome, TaskScore
+from smelt.evaluate.task_files import Items, read_task
+from smelt.evaluate.task_metrics import METRICS, columns_of, units
 from smelt.evaluate.task_model import check_model, evaluating
-from smelt.evaluate.task_table import TASKS, Row, Task
+from smelt.evaluate.task_table import TASKS
 from smelt.text2text.files import data_folder
+
+__all__ = [
+    "TASKS",
+    "Items",
+    "TaskScore",
+    "ask_items",
+    "ask_outcomes",
+    "evaluate_tasks",
+    "read_items",
+]
 
 BATCH_SIZE = 32
 """Sequences at a time. Models of a million parameters on one thread take as long with 16 or 128."""
 
-
-@dataclass(frozen=True)
-class Items:
-    """The items of a task that are asked: all of its file, or every so many of them."""
-
-    name: str
-    task: Task
-    rows: list[Row]
-    sha256: str  # of the items as the file spells them
-
-    def __str__(self) -> str:
-        """As a person names them: file and split, and that they are a subset."""
-        text = f"{self.name}/{self.task.split}"
-        if len(self.rows) == self.task.published:
-            return text
-        return f"{text} (subset: {len(self.rows):,} of {self.task.published:,} items)"
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One metric of a model on a task."""
-
-    task: str  # its name; "blimp:syntax" is a part of one
-    metric: str  # acc, acc_norm (by characters of the answer), perplexity (of the last word)
-    value: float
-    standard_error: float | None  # over items; None: there is one
-    n: int  # items
-    chance: float | None  # of guessing evenly among an item's choices; None: there are none
-    source: str  # `str` of the items
-    sha256: str  # of the items
-    num_cut: int = 0  # items whose beginning did not fit the model's positions
-
-    def record(self, checkpoint: Checkpoint, *, seed: int = 0, device: str = "cpu") -> Result:
-        """The score as a named record."""
-        cut = f", {self.num_cut:,} of {self.n:,} cut on the left" if self.num_cut else ""
-        found = record(
-            checkpoint,
-            Setting((self.source + cut,), self.sha256, seed, device),
-            task=self.task,
-            metric=self.metric,
-            value=self.value,
-            n=self.n,
-            standard_error=self.standard_error,
-            chance=self.chance,
-        )
-        return replace(found, versions={**found.versions, "lm_eval": version("lm_eval")})
+OTHERS = "lm_eval:"
+"""Before the name of a task: lm-evaluation-harness's own, where there is one of ours too."""
 
 
 def evaluate_tasks(
@@ -86,6 +50,7 @@ def evaluate_tasks(
     data: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> list[TaskScore]:
     """The zero-shot scores of a causal model in memory, in the order of the tasks.
 
@@ -95,11 +60,12 @@ def evaluate_tasks(
     they were.
 
     Args:
-        tasks: names in `task_table.TASKS`.
+        tasks: names in `task_table.TASKS`, or of lm-evaluation-harness's own tasks.
         limit: at most so many items of each task, evenly spaced over its file.
         batch_size: sequences at a time, at most: fewer where logits would not fit 1 GiB.
         data: the folder of task files; None: the one that SMELT_DATA names.
-        seed: handed to the harness; nothing zero-shot is random.
+        seed: of the solved examples that are drawn; zero-shot, nothing is random.
+        settings: more of `read_items`.
 
     Raises:
         RecipeError: an unknown task, a limit below 1, no folder of data.
@@ -107,50 +73,114 @@ def evaluate_tasks(
         CheckpointError: the model is not causal, its tokenizer has no token to begin with or is
             of another model, or its outputs are NaN.
     """
-    items = read_items(tasks, limit=limit, data=data)
+    items = read_items(tasks, limit=limit, data=data, **settings)
     return ask_items(model, tokenizer, items, batch_size=batch_size, seed=seed, progress=progress)
 
 
 def read_items(
-    tasks: Sequence[str], *, limit: int | None = None, data: str | Path | None = None
-) -> list[Items]:
-    """The items of tasks, read once for any number of models. Arguments as of `evaluate_tasks`."""
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    data: str | Path | None = None,
+    shots: int | None = None,
+    execute_code: bool = False,
+    task_folder: str | Path | None = None,
+) -> list[Items | HarnessTask]:
+    """The items of tasks, read once for any number of models. Arguments as of `evaluate_tasks`.
+
+    Args:
+        shots: solved examples before every question; None: as many as each task has by itself,
+            mostly none.
+        execute_code: allow tasks that execute what the model writes (HumanEval), in a process that
+            may do little else.
+        task_folder: of more tasks of lm-evaluation-harness, as its YAML files.
+    """
     load_harness()  # what is missing is said before anything is read
-    unknown = [name for name in tasks if name not in TASKS]
-    if unknown or not tasks:
-        raise RecipeError(
-            f"{f'there is no task {unknown[0]!r}' if unknown else 'no task is named'}. "
-            f"The tasks are: {', '.join(TASKS)}."
-        )
+    if not tasks:
+        raise RecipeError(f"no task is named. The tasks are: {', '.join(TASKS)}.")
     if limit is not None and limit < 1:
         raise RecipeError(
             f"limit = {limit}: at least one item of a task is asked. Leave it out to ask all."
         )
-    folder = data_folder(data)
-    return [_read(name, folder, limit) for name in dict.fromkeys(tasks)]
+    if shots is not None and shots < 0:
+        raise RecipeError(f"shots = {shots}: say how many solved examples, 0 or more.")
+    names = list(dict.fromkeys(tasks))
+    own = [name for name in names if name in TASKS]
+    _check_own(own, shots, execute_code)
+    others = find_tasks(
+        [name for name in names if name not in TASKS],
+        prefix=OTHERS,
+        own=tuple(TASKS),
+        limit=limit,
+        shots=shots,
+        execute_code=execute_code,
+        task_folder=task_folder,
+    )
+    folder = data_folder(data) if own else Path()
+    read: list[Items | HarnessTask] = []
+    for name in names:
+        if name in TASKS:
+            task = TASKS[name]
+            number = task.shots if shots is None else shots
+            read.append(read_task(name, task, folder, limit=limit, shots=number))
+        else:
+            read += others[name]
+    return read
+
+
+def _check_own(names: Sequence[str], shots: int | None, execute_code: bool) -> None:
+    for name in names:
+        if TASKS[name].runs_code and not execute_code:
+            raise RecipeError(
+                f"{name} executes what the model writes, and that is off. Allow it with "
+                "--execute-code: each program runs in a process of its own with little memory, "
+                "little time and no network (docs/evaluation.md)."
+            )
+        if shots and TASKS[name].examples is None:
+            raise RecipeError(
+                f"{name} has no solved examples to show. Leave --shots out, or ask it by itself."
+            )
 
 
 def ask_items(
     model: PreTrainedModel,
     tokenizer: Any,
-    items: Sequence[Items],
+    items: Sequence[Items | HarnessTask],
     *,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """`evaluate_tasks` on items that are read already."""
+    found = ask_outcomes(
+        model, tokenizer, items, batch_size=batch_size, seed=seed, progress=progress
+    )
+    return [one.score() for one in found]
+
+
+def ask_outcomes(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    items: Sequence[Items | HarnessTask],
+    *,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """`ask_items` with what every unit adds to each score: to compare two models in pairs."""
     harness = load_harness()
     check_model(model, tokenizer)
-    scores = []
+    found: list[Outcome] = []
     with evaluating(model):
         scorer = harness.Scorer(model, tokenizer, batch_size)
         for one in items:
             if progress is not None:
                 scorer.told = partial(progress, one.name)
-            asked = harness.ask(scorer, one.name, one.task, one.rows, seed)
-            scores += _scores(harness, one, asked)
-    return scores
+            if isinstance(one, HarnessTask):
+                found += ask_harness(harness, scorer, one, seed)
+            else:
+                found += _outcomes(harness, scorer, one, seed)
+    return found
 
 
 def load_harness() -> ModuleType:
@@ -165,70 +195,42 @@ def load_harness() -> ModuleType:
     return task_harness
 
 
-def _scores(harness: ModuleType, items: Items, asked: Any) -> list[TaskScore]:
+def _outcomes(harness: ModuleType, scorer: Any, items: Items, seed: int) -> list[Outcome]:
     """The metrics over all items, then over those of every part."""
     task = items.task
+    asked = harness.ask(
+        scorer, items.name, task, items.rows, seed, shots=items.shots, examples=items.examples
+    )
     groups: dict[str, list[int]] = {items.name: list(range(len(items.rows)))}
     if task.part is not None:
         for index, row in enumerate(items.rows):
             groups.setdefault(f"{items.name}:{task.part(row)}", []).append(index)
-    scores = []
+    cut = asked.most_tokens
+    source = str(items) + ("" if cut is None else f", answers of at most {cut} tokens")
+    found = []
     for name, group in groups.items():
-        for metric in task.metrics:
-            value, error = harness.summary(metric, [asked.values[metric][i] for i in group])
-            guesses = [1 / len(task.choices(items.rows[i])) for i in group] if task.choices else []
-            scores.append(
-                TaskScore(
+        rows = [items.rows[i] for i in group]
+        for title in task.metrics:
+            metric = METRICS[title]
+            said = asked.said[title if title in asked.said else metric.asked]
+            columns, guessed = columns_of(metric, task, rows, [said[i] for i in group])
+            found.append(
+                Outcome(
                     task=name,
-                    metric=metric,
-                    value=value,
-                    standard_error=error,
-                    n=len(group),
-                    chance=sum(guesses) / len(guesses) if guesses else None,
-                    source=str(items),
+                    metric=title,
+                    aggregate=metric.aggregate,
+                    columns=columns,
+                    names=tuple(units(task, rows, grouped=metric.join is not None)),
+                    source=source,
                     sha256=items.sha256,
+                    chance=None if guessed is None else value(metric.aggregate, guessed),
+                    unit=metric.unit,
                     num_cut=sum(asked.is_cut[i] for i in group),
+                    harness={
+                        "lm_eval": harness.VERSION,
+                        "shots": items.shots,
+                        "prompts": asked.prompts,
+                    },
                 )
             )
-    return scores
-
-
-def _read(name: str, folder: Path, limit: int | None) -> Items:
-    task = TASKS[name]
-    path = folder / name / f"{task.split}.jsonl.gz"
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except FileNotFoundError:
-        raise SmeltError(
-            f"{path}: there is no such file, and the task {name} is read from it."
-        ) from None
-    except (OSError, EOFError, ValueError) as error:
-        raise SmeltError(f"{path}: cannot be read as gzipped UTF-8 ({error}).") from None
-    if not lines:
-        raise SmeltError(f"{path}: holds no item.")
-    count = len(lines) if limit is None else min(limit, len(lines))
-    chosen = [i * len(lines) // count for i in range(count)]
-    rows: list[Row] = []
-    for place, number in enumerate(chosen):
-        rows.append(_parse(lines[number], f"{path}, item {number + 1}", task, place))
-    digest = hashlib.sha256("".join(lines[number] for number in chosen).encode())
-    return Items(name, task, rows, digest.hexdigest())
-
-
-def _parse(line: str, where: str, task: Task, place: int) -> Row:
-    """One item and its place, tried out: a file of another kind is found before any model runs."""
-    try:
-        found = json.loads(line)
-        row = {name: found[name] for name in task.fields} | {"place": place}
-        question, answer = task.ask(row), task.target(row)
-        if task.choices is not None:
-            right = question if task.is_infill else answer
-            if right not in range(len(task.choices(row))):
-                raise ValueError(f"answer {right} of {len(task.choices(row))} choices")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise SmeltError(
-            f"{where}: not an item of this task ({type(error).__name__}: {error}). An item has "
-            f"the fields {', '.join(task.fields)}."
-        ) from None
-    return row
+    return found
