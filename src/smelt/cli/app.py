@@ -10,6 +10,7 @@ from smelt.cli.exporting import export
 from smelt.cli.healing import heal
 from smelt.cli.inspecting import inspect
 from smelt.cli.measuring import evaluate
+from smelt.cli.reporting import report
 from smelt.cli.studying import study
 from smelt.cli.training import train
 
@@ -35,6 +36,7 @@ for command in (
     analyse,
     export,
     study,
+    report,
 ):
     app.command()(command)
 app.add_typer(bench)

@@ -115,7 +115,8 @@ def save(results: Sequence[Result], path: str | Path) -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, "results": entries}, indent=1, ensure_ascii=False)
+        value = {"version": VERSION, "sha256": _digest(entries), "results": entries}
+        text = json.dumps(value, indent=1, ensure_ascii=False)
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
@@ -130,15 +131,41 @@ def load(path: str | Path) -> list[Result]:
             raise SmeltError(
                 f"{path}: results of version {found['version']}, and this smelt reads {VERSION}."
             )
+        if found.get("sha256") not in (None, _digest(found["results"])):  # older files have none
+            raise SmeltError(
+                f"{path}: was edited after it was measured: its numbers do not match their "
+                "checksum. Measure again with `smelt evaluate … -o FILE`."
+            )
         results = []
         for entry in found["results"]:
             value = math.inf if entry["value"] is None else entry["value"]
-            results.append(Result(**entry | {"value": value, "text": tuple(entry["text"])}))
+            results.append(
+                _checked(Result(**entry | {"value": value, "text": tuple(entry["text"])}))
+            )
     except FileNotFoundError:
         raise SmeltError(f"{path}: there are no such results. Check the path.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SmeltError(f"{path}: cannot be read as results ({error}).") from None
     return results
+
+
+def _digest(entries: Sequence[Any]) -> str:
+    """A hash of the records as JSON; it tells an edited file."""
+    text = json.dumps(entries, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checked(result: Result) -> Result:
+    """The record, or a ValueError that names the field that cannot be."""
+    texts = ("task", "metric", "fingerprint", "text_sha256", "checkpoint")
+    numbers = ("value", "n") if result.standard_error is None else ("value", "n", "standard_error")
+    wrong = [name for name in texts if not isinstance(getattr(result, name), str)]
+    wrong += [name for name in numbers if not isinstance(getattr(result, name), int | float)]
+    if not wrong:
+        wrong = [name for name in numbers[1:] if getattr(result, name) < 0]
+    if wrong:
+        raise ValueError(f"{result.task}: {wrong[0]} = {getattr(result, wrong[0])!r} cannot be")
+    return result
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
