@@ -31,13 +31,12 @@ class Cost(_Open):
     peak_memory_bytes: float | None = Field(default=None, ge=0)
 
 
-class Step(_Open):
-    """A decode step at one batch and context."""
+class Timed(_Open):
+    """What was timed of one checkpoint."""
 
     checkpoint: str
     fingerprint: str
-    batch: int = Field(ge=1)
-    context: int = Field(ge=0)
+    batch: int = Field(default=1, ge=1)
     ms: float | None = Field(default=None, ge=0)
     ms_median: float | None = Field(default=None, ge=0)
     bytes_read: float | None = Field(default=None, ge=0)
@@ -56,20 +55,38 @@ class Step(_Open):
         """What a step reads: of the experts that were reached, or by uniform routing."""
         return self.bytes_predicted if self.bytes_read is None else self.bytes_read
 
+    @property
+    def name(self) -> str:
+        """What was timed, in words."""
+        return f"batch {self.batch}"
 
-class Prefill(_Open):
+
+class Step(Timed):
+    """A decode step at one batch and context."""
+
+    context: int = Field(ge=0)
+
+    @property
+    def name(self) -> str:
+        return f"decode, batch {self.batch}, context {self.context}"
+
+
+class Prefill(Timed):
     """How fast a prompt is read."""
 
-    checkpoint: str
-    fingerprint: str
+    length: int | None = None
     tokens_per_second: float | None = Field(default=None, ge=0)
+
+    @property
+    def name(self) -> str:
+        return f"prefill, batch {self.batch}, length {self.length}"
 
 
 class Bench(_Open):
     """A run of `smelt bench`."""
 
     machine: Mapping[str, Any] = {}
-    rates: Mapping[str, Any] = {}
+    rates: Mapping[str, Any] | None = None  # None: nothing was timed
     quiet: Mapping[str, Any] | None = None
     checkpoints: tuple[Cost, ...] = ()
     decode: tuple[Step, ...] = ()
@@ -78,16 +95,24 @@ class Bench(_Open):
     @property
     def memory_rate(self) -> float | None:
         """Bytes per second out of memory."""
-        return _positive(self.rates.get("memory"))
+        return _positive((self.rates or {}).get("memory"))
 
     @property
     def cache_rate(self) -> float | None:
         """Bytes per second out of the last cache."""
-        return _positive(self.rates.get("cache"))
+        return _positive((self.rates or {}).get("cache"))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the machine was not quiet; none: it was, or that was not told."""
+        quiet = self.quiet or {}
+        if quiet.get("is_quiet", True):
+            return []
+        return [str(reason) for reason in quiet.get("reasons") or ["it says no reason"]]
 
     def flop_rates(self) -> dict[int, float]:
         """FLOPs per second by rows of input."""
-        found = self.rates.get("flops")
+        found = (self.rates or {}).get("flops")
         if not isinstance(found, Mapping):
             return {}
         pairs = ((int(rows), _positive(rate)) for rows, rate in found.items())

@@ -39,6 +39,7 @@ class Figure:
     view: Mapping[str, Any] | None = None  # kind and plan, of a view
     height: int = 360
     table: Table | None = None
+    is_half: bool = False  # two stand side by side where there is room
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def with_error(value: float, error: float | None) -> str:
         return "∞"
     if error is None or not error > 0 or not math.isfinite(error):
         return cell(float(value))
+    if abs(value) >= 1e6:
+        return f"{value:.2g} ± {error:.1g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:,.{decimals}f} ± {error:,.{decimals}f}"
 

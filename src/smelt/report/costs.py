@@ -111,7 +111,8 @@ def _ground(bench: Bench) -> tuple[str, ...]:
 
     machine = bench.machine
     threads = machine.get("threads") or of_steps("threads")
-    name = str(machine.get("processor") or machine.get("device") or "unknown machine")
+    names = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
+    name = ", ".join(names) or "unknown machine"
     return (name, f"{threads} threads", of_steps("dtype"), of_steps("device"))
 
 

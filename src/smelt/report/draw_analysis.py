@@ -70,6 +70,7 @@ def alpha(run: Found) -> list[Figure]:
                     "layout": heat_layout("pool entry", "MoE layer"),
                 },
                 height=140 + 34 * max(4, min(16, len(matrix))),
+                is_half=True,
                 table=Table(
                     f"α of {run['run']}", columns, tuple((i, *row) for i, row in enumerate(matrix))
                 ),
@@ -99,10 +100,17 @@ def beta(runs: Sequence[Found]) -> Figure | None:
                 _line(name, list(range(len(values))), values, number)
                 for number, (name, values) in enumerate(known)
             ],
-            "layout": layout("MoE layer", "β"),
+            "layout": _whole(layout("MoE layer", "β")),
         },
         table=Table.of("β by layer", rows),
+        is_half=True,
     )
+
+
+def _whole(shape: Spec) -> Spec:
+    """With whole numbers on the horizontal axis."""
+    shape["xaxis"] |= {"tickformat": "d", "tickmode": "auto", "nticks": 12, "zeroline": False}
+    return shape
 
 
 def _has(run: Found, name: str) -> bool:
@@ -155,8 +163,9 @@ def gradients(variants: Sequence[Found]) -> list[Figure]:
                     f"gradients-{quantity}",
                     title,
                     f"What each MoE layer sends to its experts, {words}: {'; '.join(said)}.",
-                    {"data": data, "layout": layout("block", words)},
+                    {"data": data, "layout": _whole(layout("block", words))},
                     table=Table.of(f"{title}: mean ± standard deviation over runs", rows),
+                    is_half=True,
                 )
             )
     return figures
@@ -185,6 +194,7 @@ def contributions(run: Found) -> Figure | None:
         },
         height=420,
         table=Table("Cosines between the layers' mean gradients of the pool", columns, rows),
+        is_half=True,
     )
 
 
@@ -204,6 +214,7 @@ def alike(variant: Found, name: str, title: str, words: str) -> Figure | None:
         {"data": [heat(matrix, "", "")], "layout": heat_layout("", "")},
         height=420,
         table=Table(title, columns, tuple((i, *row) for i, row in enumerate(matrix))),
+        is_half=True,
     )
 
 

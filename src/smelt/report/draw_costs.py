@@ -36,7 +36,7 @@ def pareto(quality: Quality, key: str, costs: Costs, subjects: Subjects) -> Figu
         f"{quality.name[:1].upper()}{quality.name[1:]} against {title}",
         _finding(found, best, quality, key, subjects),
         {"data": _pareto_data(found, best, key, subjects), "layout": _pareto_layout(quality, key)},
-        height=380,
+        is_half=True,
         table=_pareto_table(found, best, quality, key, costs, subjects),
     )
 
@@ -54,8 +54,9 @@ def _pareto_data(
         "hoverinfo": "skip",
     }
     marks = []
-    for number, one in enumerate(found):
-        is_best = one in best
+    numbers = {fingerprint: number for number, fingerprint in enumerate(subjects)}
+    for one in found:
+        number, is_best = numbers[one.fingerprint], one in best
         look = series(number)["marker"] | {"size": 12, "symbol": SYMBOLS[number % len(SYMBOLS)]}
         if not is_best:
             look["symbol"] += "-open"
@@ -108,9 +109,9 @@ def _finding(
         error = _error_of_difference(one, other)
         difference = abs(one.value - other.value)
         words.append(
-            f"No for {mine}: {theirs} costs {cost_words(key, other.cost)} against "
+            f"{mine} is beaten by {theirs}, which costs {cost_words(key, other.cost)} against "
             f"{cost_words(key, one.cost)} and is better by {with_error(difference, error)}"
-            + (", which is within two standard errors." if _is_chance(difference, error) else ".")
+            + (": within two standard errors." if _is_chance(difference, error) else ".")
         )
     known = any(one.error is not None for one in found)
     return " ".join(words) + (" Bars are one standard error." if known else "")
@@ -191,7 +192,9 @@ def decode(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
         "Decode time per step",
         words,
         {"data": data, "layout": shape},
+        height=400,
         table=Table.of("Decode time per step", rows),
+        is_half=True,
     )
 
 
@@ -199,7 +202,7 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     """FLOPs per second against FLOPs per byte, beneath the measured roofs of this machine."""
     for bench in benches:
         memory, peaks = bench.memory_rate, bench.flop_rates()
-        steps = [s for s in bench.decode if s.time and s.flops and s.num_bytes]
+        steps = [s for s in (*bench.decode, *bench.prefill) if s.time and s.flops and s.num_bytes]
         if memory and peaks and steps:
             break
     else:
@@ -220,12 +223,11 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
             roof = min(bandwidth * intensity, peaks.get(step.batch, peak))
             xs.append(rounded(intensity))
             ys.append(rounded(speed))
-            words.append(f"batch {step.batch}, context {step.context}")
+            words.append(step.name)
             rows.append(
                 {
                     "checkpoint": label,
-                    "batch": step.batch,
-                    "context": step.context,
+                    "timed": step.name,
                     "FLOP per byte": intensity,
                     "GFLOP/s": speed / 1e9,
                     "GB/s": rate / 1e9,
@@ -251,11 +253,12 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     data = _roofs(slopes, peak, seen) + data
     return Figure(
         "roofline",
-        "Roofline of decode steps",
+        "Roofline",
         _roofline_words(rows, memory, peak),
         {"data": data, "layout": _log_layout("FLOP per byte read", "FLOP per second")},
-        height=420,
-        table=Table.of("Decode steps beneath the roofs of this machine", rows),
+        height=400,
+        table=Table.of("What was timed beneath the roofs of this machine", rows),
+        is_half=True,
     )
 
 
@@ -299,6 +302,29 @@ def _roofline_words(rows: Sequence[Mapping[str, Any]], memory: float, peak: floa
     return (
         f"{bound} of {len(rows)} steps are bound by reading weights out of memory "
         f"({memory / 1e9:.3g} GB/s here); "
-        f"{nearest['checkpoint']} at batch {nearest['batch']} comes nearest to its roof, "
+        f"{nearest['checkpoint']} ({nearest['timed']}) comes nearest to its roof, "
         f"{nearest['of its roof']}."
     )
+
+
+def weights(benches: Sequence[Bench], subjects: Subjects) -> Table | None:
+    """What each checkpoint weighs, and how fast it reads prompts."""
+    rows = []
+    for bench in benches:
+        for one in bench.checkpoints:
+            speeds = [p for p in bench.prefill if p.fingerprint == one.fingerprint]
+            row: dict[str, Any] = {"checkpoint": subjects[one.fingerprint].label}
+            for name, value, words in (
+                ("on disk", one.folder_bytes, size),
+                ("parameters", one.parameters, count),
+                ("used per token", one.active_parameters, count),
+                ("FLOPs per token", one.flops_per_token, count),
+                ("peak memory", one.peak_memory_bytes, size),
+            ):
+                row[name] = None if value is None else words(value)
+            row["seconds to load"] = one.load_seconds
+            for speed in speeds:
+                at = "" if speed.length is None else f", length {speed.length}"
+                row[f"prefill tokens/s{at}"] = speed.tokens_per_second
+            rows.append(row)
+    return Table.of("What each checkpoint costs", rows) if rows else None

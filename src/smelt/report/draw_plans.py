@@ -1,11 +1,11 @@
 """Figures of plans: who is used, who joined whom, what that did to layers, what ranks are left."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from smelt.compress.plan import Plan
 from smelt.report.blocks import Figure, Table, plural, rounded, slug
 from smelt.report.runs import Run
 from smelt.report.told import group_sizes, member_similarities
@@ -26,6 +26,27 @@ def series(number: int) -> Spec:
         "line": {"color": f"@c{number % 8 + 1}", "dash": DASHES[number // 8 % 4], "width": 2},
         "marker": {"color": f"@c{number % 8 + 1}", "symbol": SYMBOLS[number % 8], "size": 7},
     }
+
+
+def layer_layout(names: Sequence[str], y: str) -> Spec:
+    """The layout of lines over MoE layers, which are told by their numbers in the model."""
+    labels = [short_name(name) for name in names]
+    step = max(1, math.ceil(len(names) / 16))
+    shape = layout("layer", y)
+    shape["xaxis"] |= {
+        "tickvals": list(range(0, len(names), step)),
+        "ticktext": labels[::step],
+        "range": [-0.5, len(names) - 0.5],
+        "zeroline": False,
+    }
+    return shape
+
+
+def short_name(name: str) -> str:
+    """The number of a layer in its model, or its name where that has none."""
+    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
+    side = "enc " if "encoder" in name else "dec " if "decoder" in name else ""
+    return f"{side}{numbers[0]}" if numbers else name
 
 
 def plan_data(run: Run) -> Spec:
@@ -163,7 +184,7 @@ def similarity(runs: Sequence[Run]) -> Figure | None:
         data.append(_median_line(run.name, points, len(data)))
     if not data:
         return None
-    shape = layout("MoE layer", "similarity", showlegend=len(data) > 1)
+    shape = layer_layout(list(dict.fromkeys(row["layer"] for row in rows)), "similarity")
     return Figure(
         "similarity",
         "How alike the merged experts are",
@@ -235,8 +256,8 @@ def errors(
     rows = [
         {"layer": layer, **{name: layers.get(layer) for name, layers in lines}} for layer in order
     ]
-    shape = layout("MoE layer", "relative squared error", yaxis_rangemode="tozero")
-    shape["yaxis"]["rangemode"] = shape.pop("yaxis_rangemode")
+    shape = layer_layout(order, "relative squared error")
+    shape["yaxis"]["rangemode"] = "tozero"
     return Figure(
         "layer-errors",
         "Output error of each MoE layer",
@@ -248,45 +269,56 @@ def errors(
     )
 
 
-def ranks(found: Sequence[tuple[str, Mapping[str, Any]]]) -> Figure | None:
-    """Stable rank of the experts' matrices, the mean over a layer's experts."""
+def ranks(found: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Stable rank of the experts, one figure for each matrix: the mean over a layer's experts."""
+    sides: dict[str, Mapping[str, Mapping[str, list[float]]]] = {}
+    said = []
+    for value in found:
+        held, name = value["stable_rank"], value["folder"].rstrip("/").rpartition("/")[2]
+        sides.setdefault(name, held["layers"])
+        before = held.get("before")
+        if before and before not in sides.values():
+            sides[f"the original of {name}" if "the original" in sides else "the original"] = before
+        if held.get("mean_ratio"):
+            said.append(f"{name} has {held['mean_ratio']:.2f} times the original's (all matrices)")
+    matrices = dict.fromkeys(m for side in sides.values() for one in side.values() for m in one)
+    return [_rank_figure(matrix, sides, said) for matrix in matrices]
+
+
+def _rank_figure(
+    matrix: str, sides: Mapping[str, Mapping[str, Mapping[str, list[float]]]], said: Sequence[str]
+) -> Figure:
+    """‖W‖²_F / ‖W‖²₂ of one matrix, a line per checkpoint."""
     data: list[Spec] = []
     rows: list[Spec] = []
-    said = []
-    for name, value in found:
-        held = value["stable_rank"]
-        sides = [(name, held["layers"])]
-        if held.get("before"):
-            sides.append((f"{name}, the original", held["before"]))
-        for label, layers in sides:
-            matrices = dict.fromkeys(m for one in layers.values() for m in one)
-            for matrix in matrices:
-                means = {n: fmean(one[matrix]) for n, one in layers.items() if one.get(matrix)}
-                data.append(_rank_line(f"{label}, {matrix}", means, len(data)))
-                rows += [
-                    {
-                        "checkpoint": label,
-                        "layer": layer,
-                        "matrix": matrix,
-                        "mean": fmean(one[matrix]),
-                        "least": min(one[matrix]),
-                        "most": max(one[matrix]),
-                    }
-                    for layer, one in layers.items()
-                    if one.get(matrix)
-                ]
-        if held.get("mean_ratio"):
-            said.append(f"{name} has {held['mean_ratio']:.2f} times the original's")
-    if not data:
-        return None
-    words = "‖W‖²_F / ‖W‖²₂ of every expert's matrices: how many directions they really use"
+    ends = []
+    for name, layers in sides.items():
+        held = {layer: one[matrix] for layer, one in layers.items() if one.get(matrix)}
+        if not held:
+            continue
+        means = {layer: fmean(values) for layer, values in held.items()}
+        data.append(_rank_line(name, means, len(data)))
+        ends.append(f"{name} {fmean(means.values()):.1f}")
+        rows += [
+            {
+                "checkpoint": name,
+                "layer": layer,
+                "mean": fmean(values),
+                "least": min(values),
+                "most": max(values),
+                "experts": len(values),
+            }
+            for layer, values in held.items()
+        ]
+    order = list(dict.fromkeys(row["layer"] for row in rows))
+    words = f"How many directions the {matrix} matrices really use, on average: {', '.join(ends)}."
     return Figure(
-        "stable-rank",
-        "Stable rank of the experts",
-        f"{words}. " + ("; ".join(said) + "." if said else ""),
-        {"data": data, "layout": layout("MoE layer", "stable rank, mean over experts")},
-        height=420,
-        table=Table.of("Stable rank by layer and matrix", rows),
+        f"stable-rank-{slug(matrix)}",
+        f"Stable rank of {matrix}",
+        " ".join([words, *(f"{'; '.join(said)}." for _ in said[:1])]),
+        {"data": data, "layout": layer_layout(order, "stable rank")},
+        table=Table.of(f"Stable rank of {matrix} by layer", rows),
+        is_half=True,
     )
 
 
@@ -301,8 +333,3 @@ def _rank_line(name: str, means: Mapping[str, float], number: int) -> Spec:
         "hovertemplate": "%{text}<br>%{y}<extra>" + name + "</extra>",
         **series(number),
     }
-
-
-def is_merge(plan: Plan) -> bool:
-    """Whether some layer has groups."""
-    return any(layer.operator == "merge" for layer in plan.layers)

@@ -74,17 +74,13 @@ def _quality(run: Run, found: Sequence[Measure]) -> list[Card]:
     for one in [*losses, *others[:3]]:
         result = one.results[run.fingerprint]
         before = one.results.get(original) if original is not None else None
-        words = [] if one.chance is None else [f"chance {one.chance:.2g}"]
-        cards.append(
-            Card(
-                one.name,
-                with_error(result.value, result.standard_error),
-                None
-                if before is None
-                else with_error(before.value, before.standard_error).partition(" ±")[0],
-                ", ".join([*words, f"n = {one.n:,}"]),
-            )
-        )
+        value, _, error = with_error(result.value, result.standard_error).partition(" ± ")
+        words = [f"± {error}"] if error else []
+        words += [] if one.chance is None else [f"chance {one.chance:.2g}"]
+        old = None
+        if before is not None:
+            old = with_error(before.value, before.standard_error).partition(" ± ")[0]
+        cards.append(Card(one.name, value, old, ", ".join([*words, f"n = {one.n:,}"])))
     return cards
 
 

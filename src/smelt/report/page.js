@@ -33,6 +33,16 @@
     return Array.from({ length: count }, (_, i) => [i / (count - 1), colour(`${name}${i}`)]);
   }
 
+  // The colour of a share from 0 to 1 of a scale, as plotly would mix it.
+  function mixed(name, count, share) {
+    const at = Math.max(0, Math.min(1, share)) * (count - 1);
+    const low = Math.min(count - 2, Math.floor(at));
+    const parts = [low, low + 1].map((i) => colour(`${name}${i}`).match(/[0-9a-f]{2}/gi)
+      .map((part) => Number.parseInt(part, 16)));
+    const whole = parts[0].map((from, i) => Math.round(from + (at - low) * (parts[1][i] - from)));
+    return `rgb(${whole.join(",")})`;
+  }
+
   function resolved(value) {
     if (typeof value === "string" && value.startsWith("@")) {
       if (value === "@seq") return scale("seq", 4);
@@ -170,7 +180,7 @@
 
   // --- what a plan says of an expert ---------------------------------------------------------------
 
-  const FATES = ["stays, alone", "stays, others join it", "merged into another", "dropped",
+  const FATES = ["stays", "stays, others join it", "merged into another", "dropped",
     "a constant in its place"];
 
   function experts(layer) {
@@ -311,23 +321,29 @@
     const most = Math.max(0, ...joined.map((one) => one.size));
     const rows = joined.map((one) => [one, ...held.filter((o) => o.group === one.group && o.fate === 2)
       .sort((a, b) => b.weight - a.weight || a.id - b.id)]);
+    const least = Math.min(1, ...held.filter((one) => one.fate === 2).map((one) => one.alike));
+    const low = Math.floor(least * 10) / 10;
+    const share = (one) => (low < 1 ? (one.alike - low) / (1 - low) : 1);
+    const ink = (one) => (share(one) > 0.5 ? "@bg" : "@ink");
     resize(figure, 96 + 24 * Math.max(2, rows.length));
     const traces = Array.from({ length: most }, (_, k) => {
       const own = rows.filter((row) => row.length > k);
       return { type: "bar", orientation: "h", y: own.map((row) => `expert ${row[0].id}`),
         x: own.map((row) => row[k].weight), text: own.map((row) => String(row[k].id)),
         customdata: own.map((row) => words(row[k])), hovertemplate: "%{customdata}<extra></extra>",
+        insidetextfont: { color: own.map((row) => ink(row[k])) },
         textposition: "inside", insidetextanchor: "middle", textangle: 0, constraintext: "none",
         cliponaxis: true,
-        marker: { color: own.map((row) => row[k].alike), coloraxis: "coloraxis",
+        marker: { color: own.map((row) => mixed("seq", 4, share(row[k]))),
           line: { color: "@bg", width: 1.5 } } };
     });
-    const low = Math.min(1, ...held.filter((one) => one.fate === 2).map((one) => one.alike));
+    traces.push({ type: "scatter", mode: "markers", x: [null], y: [null], hoverinfo: "skip",
+      marker: { color: [low], coloraxis: "coloraxis" } }); // has the colour bar
     keys(figure, []);
     return show(figure, traces, {
       uniformtext: { minsize: 9, mode: "hide" },
       bargap: 0.18,
-      coloraxis: { colorscale: "@seq", cmin: Math.floor(low * 10) / 10, cmax: 1,
+      coloraxis: { colorscale: "@seq", cmin: low, cmax: 1,
         colorbar: { title: { text: "similarity", side: "right" }, thickness: 12, outlinewidth: 0 } },
       xaxis: { title: { text: "weight in the merged expert" }, range: [0, 1.001] },
       yaxis: { categoryorder: "array", categoryarray: names, autorange: "reversed", showgrid: false },

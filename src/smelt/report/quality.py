@@ -10,9 +10,8 @@ from smelt.evaluate.results import Result
 
 LOWER_IS_BETTER = ("nats", "perplexity", "bits", "KL", "error", "loss", "rate", "repetition")
 _LAYERS = ("output error of ", "routing agreement of ")
-_SETTINGS = ("text_sha256", "harness", "harness_version", "num_fewshot", "prompt", "chat_template")
+_SETTINGS = ("text_sha256", "harness")
 """Fields in which the records of one row have to agree, where a record has them."""
-_NAMES = {"text_sha256": "items", "num_fewshot": "number of shots", "harness": "harness settings"}
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,15 @@ def _check(found: Sequence[Measure]) -> None:
 
 def _difference(first: Result, second: Result) -> str:
     """In what two records differ."""
-    for name in _SETTINGS:
-        mine, theirs = str(getattr(first, name, None)), str(getattr(second, name, None))
-        if mine == theirs:
-            continue
-        if name == "text_sha256":
-            texts = f"{_words(first)} against {_words(second)}"
-            return f"items or texts: {texts}, hashes {mine[:8]}… and {theirs[:8]}…"
-        return f"{_NAMES.get(name, name)}: {mine:.60} against {theirs:.60}"
+    if first.text_sha256 != second.text_sha256:
+        texts = f"{_words(first)} against {_words(second)}"
+        mine, theirs = first.text_sha256[:8], second.text_sha256[:8]
+        return f"items or texts: {texts}, hashes {mine}… and {theirs}…"
+    old, new = (getattr(one, "harness", None) or {} for one in (first, second))
+    differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    words = [f"{key} {old.get(key)!s:.24} against {new.get(key)!s:.24}" for key in differ]
+    if words:
+        return f"harness settings: {', '.join(words)}"
     return f"texts: {_words(first)} against {_words(second)}"
 
 

@@ -34,8 +34,8 @@ def _rows(found: Sequence[Measure], subjects: Subjects) -> list[dict[str, object
     rows = []
     for one in found:
         row: dict[str, object] = {"measure": one.name + (" ↓" if one.is_lower_better else " ↑")}
-        if len(sources) > 1 or not _is_text(one):
-            row["items"] = ", ".join(short(text) for text in one.text)
+        if _is_text(one) and len(sources) > 1:
+            row["text"] = ", ".join(short(text) for text in one.text)
         row["n"] = one.n
         row["chance"] = one.chance
         for fingerprint in order:
@@ -64,8 +64,7 @@ def _note(found: Sequence[Measure]) -> str:
         "± one standard error; ↑ more is better, ↓ less is better.",
         f"Seed {', '.join(map(str, seeds))}; {', '.join(versions)}.",
     ]
-    if found and _is_text(found[0]):
-        words.insert(1, f"Text: {', '.join(texts)}.")
+    words.insert(1, f"{'Text' if _is_text(found[0]) else 'Items'}: {', '.join(texts)}.")
     return " ".join(words)
 
 

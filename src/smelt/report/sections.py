@@ -40,7 +40,7 @@ def sections(facts: Facts, command: str) -> list[Section]:
         _used(facts),
         _merged(facts),
         _figure("errors", "Layer-wise output error", _errors(facts)),
-        _figure("ranks", "Stable rank", _ranks(facts)),
+        _ranks(facts),
         _quality(facts),
         _pareto(facts),
         _speed(facts),
@@ -89,8 +89,13 @@ def _errors(facts: Facts) -> Figure | None:
     return draw_plans.errors(facts.material.runs, found, names)
 
 
-def _ranks(facts: Facts) -> Figure | None:
-    return draw_plans.ranks([(one.name, one.value) for one in facts.material.ranks])
+def _ranks(facts: Facts) -> Section:
+    figures = draw_plans.ranks([one.value for one in facts.material.ranks])
+    words = (
+        "The stable rank of a matrix is ‖W‖² (Frobenius) over ‖W‖² (spectral): 1 where it has one "
+        "direction, the shorter of its sides where all directions are equally strong."
+    )
+    return Section("ranks", "Stable rank", (Text(words), *figures) if figures else ())
 
 
 def _quality(facts: Facts) -> Section:
@@ -124,7 +129,14 @@ def _speed(facts: Facts) -> Section:
         draw_costs.decode(benches, facts.subjects),
         draw_costs.roofline(benches, facts.subjects),
     ]
-    return Section("speed", "Speed on this machine", tuple(f for f in figures if f))
+    blocks: list[Block] = [f for f in figures if f]
+    if blocks:
+        doubts = dict.fromkeys(reason for bench in benches for reason in bench.doubts)
+        if doubts:
+            words = f"The machine was not quiet: {'; '.join(doubts)}. Times are to be doubted."
+            blocks.insert(0, Text(words))
+        blocks += [table for table in [draw_costs.weights(benches, facts.subjects)] if table]
+    return Section("speed", "Speed on this machine", tuple(blocks))
 
 
 def _sharing(facts: Facts) -> Section:
@@ -230,10 +242,15 @@ def subtitle(facts: Facts) -> str:
     ]
     other = {
         "set of statistics": len(facts.material.statistics),
-        "analysis file": len(facts.material.analyses),
+        "analysis": len(facts.material.analyses),
         "study": len(facts.material.studies),
     }
-    words += [plural(number, name) for name, number in other.items() if number]
+    words += [_several(number, name) for name, number in other.items() if number]
     if facts.measures:
         words.append(f"{sum(len(one.results) for one in facts.measures):,} measured numbers")
     return ", ".join(words)
+
+
+def _several(number: int, name: str) -> str:
+    known = {"set of statistics": "sets of statistics", "analysis": "analyses", "study": "studies"}
+    return f"1 {name}" if number == 1 else f"{number} {known[name]}"
