@@ -15,7 +15,7 @@ from smelt.api.compressing import (
     open_checkpoint,
     plan,
 )
-from smelt.api.measuring import analyse, evaluate
+from smelt.api.measuring import analyse, evaluate, report
 from smelt.api.training import export, heal, study, train
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "load_stats",
     "open_checkpoint",
     "plan",
+    "report",
     "study",
     "train",
 ]

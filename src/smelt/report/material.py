@@ -157,12 +157,20 @@ def _is_study(value: Mapping[str, Any]) -> bool:
 def _unique(runs: Sequence[Run]) -> list[Run]:
     """The runs, each by the shortest end of its path that no other has."""
     for length in range(1, 1 + max((len(run.path.parts) for run in runs), default=0)):
-        names = ["/".join(run.path.parts[-length:]).removesuffix(".json") for run in runs]
+        names = ["/".join(_place(run).parts[-length:]).removesuffix(".json") for run in runs]
         if len(set(names)) == len(names):
             return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     if len(runs) > 1:
         raise RecipeError("One run was named twice. Name each once.")
     return list(runs)
+
+
+def _place(run: Run) -> Path:
+    """What a run is named after: of a plan.json, the folder that holds it."""
+    path = run.path
+    while path.name in ("plan.json", "smelt") and len(path.parts) > 2:
+        path = path.parent
+    return path
 
 
 def _with_usage(run: Run, statistics: Sequence[Statistics]) -> Run:

@@ -21,8 +21,9 @@ class Subject:
     @property
     def label(self) -> str:
         """The name, and what it is where it is no run of this page."""
-        notes = {"run": "", "original": " (original)", "other": " (not among the runs)"}
-        return self.name + notes[self.role]
+        if self.role == "original" and self.name != "original":
+            return f"{self.name} (original)"
+        return self.name + (" *" if self.role == "other" else "")
 
 
 def subjects(material: Material) -> dict[str, Subject]:

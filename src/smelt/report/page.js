@@ -332,8 +332,7 @@
         x: own.map((row) => row[k].weight), text: own.map((row) => String(row[k].id)),
         customdata: own.map((row) => words(row[k])), hovertemplate: "%{customdata}<extra></extra>",
         insidetextfont: { color: own.map((row) => ink(row[k])) },
-        textposition: "inside", insidetextanchor: "middle", textangle: 0, constraintext: "none",
-        cliponaxis: true,
+        textposition: "inside", insidetextanchor: "middle", textangle: 0, constraintext: "inside",
         marker: { color: own.map((row) => mixed("seq", 4, share(row[k]))),
           line: { color: "@bg", width: 1.5 } } };
     });
@@ -410,6 +409,9 @@
     }
   }, { rootMargin: "600px 0px" });
   for (const figure of figures) observer.observe(figure);
+  if (figures.length && "requestIdleCallback" in window) {
+    addEventListener("load", () => requestIdleCallback(() => unpacked().catch(failed)));
+  }
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 

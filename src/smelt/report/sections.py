@@ -100,11 +100,14 @@ def _ranks(facts: Facts) -> Section:
 
 def _quality(facts: Facts) -> Section:
     blocks: list[Block] = list(tables(facts.measures, facts.subjects))
-    strangers = [one.name for one in facts.subjects.values() if one.role == "other"]
-    if strangers and blocks:
-        words = f"{', '.join(strangers)}: measured, and not among the runs of this page."
-        blocks.append(Text(words, is_small=True))
-    return Section("quality", "Quality", tuple(blocks))
+    return Section("quality", "Quality", (*blocks, *_strangers(facts)) if blocks else ())
+
+
+def _strangers(facts: Facts) -> list[Text]:
+    """What the star behind a name means, where there is one."""
+    if not any(one.role == "other" for one in facts.subjects.values()):
+        return []
+    return [Text("* Measured, and not among the runs of this page.", is_small=True)]
 
 
 def _pareto(facts: Facts) -> Section:
@@ -119,7 +122,7 @@ def _pareto(facts: Facts) -> Section:
             "Filled marks are on the front: no other checkpoint is as good at less cost, or better "
             "at no more. An open mark is beaten by another checkpoint."
         )
-        kept.insert(0, Text(words))
+        kept = [Text(words), *kept, *_strangers(facts)]
     return Section("cost", "Quality against cost", tuple(kept))
 
 
