@@ -106,3 +106,19 @@ def test_results_of_another_checkpoint_are_refused(
     done = smelt("report", folder, "--card", "--results", results_file(make_result("9" * 64)))
     assert done.code == 2 and "none of the results" in done.err
     assert (folder / "README.md").read_text() == before
+
+
+def test_the_card_of_changed_weights_holds_no_results_of_the_old_ones(
+    ground: Any, folder: Path
+) -> None:
+    from smelt.checkpoint.card import without_results
+
+    path = folder / "README.md"
+    before = path.read_text()
+    assert without_results(before) == before
+    assert fill(ground, folder).code == 0
+    after = without_results(path.read_text())
+    card = ModelCard(after)
+    assert not card.data.eval_results and "model-index" not in after
+    assert "1.200" not in after and "not measured yet" in after
+    assert card.text.strip() == ModelCard(before).text.strip()

@@ -1,23 +1,15 @@
 """The README of an output folder: what was done to which checkpoint, and what that changed."""
 
-import re
-from typing import Any
-
-from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment
 
+from smelt.checkpoint.card import base_model, card
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import RoutingStats
 from smelt.compress.plan import Plan
 from smelt.compress.usage import FILE as USAGE
 from smelt.compress.usage import usage_json
 
-BEGIN, END = "<!-- smelt: measured -->", "<!-- smelt: end of measured -->"
-"""Around the part of a card that `smelt report --card` fills in."""
-
 _TAGS = {"merge": "expert-merging", "drop": "expert-pruning", "constant": "expert-pruning"}
-_TAKEN_OVER = ("license", "license_name", "license_link", "language")
-"""What the metadata of the source's card holds for what is made of it too."""
 
 _TEMPLATE = """\
 # {{ name }}, compressed by smelt
@@ -36,17 +28,7 @@ Calibrated on {{ "{:,}".format(stats.num_tokens) }} tokens (text hash `{{ stats.
 
 What was decided for each expert is in `smelt/plan.json`, where it came from in
 `smelt/provenance.json`.
-
-## Measured
-
-{{ measured }}
 """
-
-NOT_MEASURED = f"""\
-{BEGIN}
-The quality was not measured yet. `smelt evaluate FOLDER -o results.json` measures it, and
-`smelt report FOLDER --results results.json --card` writes it here.
-{END}"""
 
 _LOADING = {
     "stock": "This is an ordinary checkpoint of its family: load it as you load the original.",
@@ -84,34 +66,6 @@ def _fit(plan: Plan) -> str:
     )
 
 
-def base_model(checkpoint: Checkpoint) -> str:
-    """The source as the hub would name it: its id where it is known, else the folder's name."""
-    for part in checkpoint.folder.parts:  # a snapshot in the hub's cache
-        if found := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
-            return f"{found[1]}/{found[2]}"
-    named = str(checkpoint.config_dict.get("_name_or_path") or "")
-    return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else checkpoint.folder.name
-
-
-def metadata(checkpoint: Checkpoint, plan: Plan) -> ModelCardData:
-    """What the hub reads of a card; the licence is that of the source's own card, if it has one."""
-    own: dict[str, Any] = {}
-    file = checkpoint.folder / "README.md"
-    if file.is_file():
-        try:
-            own = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-        except (OSError, ValueError):  # no card that can be read: nothing to take over
-            own = {}
-    kept = {name: own[name] for name in _TAKEN_OVER if own.get(name)}
-    tags = ["mixture-of-experts", "smelt", _TAGS.get(plan.method.operator, "compressed")]
-    return ModelCardData(
-        base_model=base_model(checkpoint),
-        library_name="transformers",
-        tags=tags,
-        **kept,
-    )
-
-
 def documents(
     checkpoint: Checkpoint, plan: Plan, stats: RoutingStats | None = None
 ) -> dict[str, str]:
@@ -132,7 +86,6 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
     if plan.form == "stock":
         words.append(f"router rows {method.router}")
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)
-    head = metadata(checkpoint, plan).to_yaml()
     name = base_model(checkpoint)
     text = template.render(
         name=name.rpartition("/")[2],
@@ -142,6 +95,5 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
         stats=stats,
         fit=_fit(plan),
         loading=_LOADING[plan.form],
-        measured=NOT_MEASURED,
     )
-    return f"---\n{head}\n---\n\n{text}"
+    return card(text, [_TAGS.get(method.operator, "compressed")], checkpoint)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 
-from smelt.compress.card import BEGIN, END
+from smelt.checkpoint.card import BEGIN, END, card
 from smelt.errors import CheckpointError, RecipeError
 from smelt.evaluate.results import markdown
 from smelt.report.blocks import with_error
@@ -63,11 +63,11 @@ def _filled(run: Run, found: Sequence[Measure]) -> tuple[Filled, str]:
         )
     path = run.path / "README.md"
     existed = path.is_file()
-    card = _read(path) if existed else _new(run)
+    found_card = _read(path) if existed else _new(run)
     before = run.plan.checkpoint if run.plan is not None else None
-    card.text = _with_part(path, card.text, _part(run, own, before))
-    _add(card.data, run, own)
-    return Filled(path, len(own), existed), str(card).rstrip() + "\n"
+    found_card.text = _with_part(path, found_card.text, _part(run, own, before))
+    _add(found_card.data, run, own)
+    return Filled(path, len(own), existed), str(found_card).rstrip() + "\n"
 
 
 def _read(path: Path) -> ModelCard:
@@ -82,8 +82,7 @@ def _read(path: Path) -> ModelCard:
 
 
 def _new(run: Run) -> ModelCard:
-    data = ModelCardData(library_name="transformers", tags=["mixture-of-experts", "smelt"])
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {run.name}\n")
+    return ModelCard(card(f"# {run.name}", []))
 
 
 def _part(run: Run, own: Sequence[Measure], before: str | None) -> str:
