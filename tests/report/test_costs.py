@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from smelt.errors import RecipeError
 from smelt.report.bench import Bench
 from smelt.report.costs import Point, beaten_by, check_machines, front
+from smelt.report.draw_costs import peak_of
 
 _VALUES = st.tuples(st.integers(0, 6), st.integers(0, 6))
 
@@ -56,3 +57,9 @@ def test_decode_times_of_two_machines_are_not_held_against_each_other() -> None:
     check_machines([bench("one"), bench("one")])
     with pytest.raises(RecipeError, match="different machines"):
         check_machines([bench("one"), bench("another")])
+
+
+def test_a_roof_is_that_of_the_most_rows_that_were_tried_and_are_no_more() -> None:
+    peaks = {1: 10.0, 8: 50.0, 64: 90.0}
+    assert [peak_of(peaks, n) for n in (1, 7, 8, 512)] == [10.0, 10.0, 50.0, 90.0]
+    assert peak_of({8: 50.0}, 1) == 50.0

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,19 @@ def test_names_are_text_and_never_markup(ground: Any, tmp_path: Path) -> None:
     make_report([ground.dropped], place, title="<script>alert(1)</script> & co")
     found = place.read_text(encoding="utf-8")
     assert "<script>alert" not in found and "&lt;script&gt;alert(1)" in found
+
+
+def test_names_cannot_end_the_script_that_holds_the_data(
+    make_bench: Callable[..., Path], tmp_path: Path
+) -> None:
+    from smelt.report.make import make_report
+
+    name = "</script><i>"
+    bench = make_bench(tmp_path / "b.json", {name: "1" * 64, "other": "2" * 64})
+    make_report([bench], tmp_path / "p.html")
+    found = (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert name not in found
+    assert data_of(found)["figures"]["decode"]["data"][0]["name"] == name
 
 
 def test_what_is_not_measured_is_named_with_its_command(ground: Any, tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ class Timed(_Open):
         """What was timed, in words."""
         return f"batch {self.batch}"
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of input at a time."""
+        return self.batch
+
 
 class Step(Timed):
     """A decode step at one batch and context."""
@@ -81,6 +86,10 @@ class Prefill(Timed):
     def name(self) -> str:
         return f"prefill, batch {self.batch}, length {self.length}"
 
+    @property
+    def num_rows(self) -> int:
+        return self.batch * (self.length or 1)
+
 
 class Bench(_Open):
     """A run of `smelt bench`."""
@@ -91,6 +100,7 @@ class Bench(_Open):
     checkpoints: tuple[Cost, ...] = ()
     decode: tuple[Step, ...] = ()
     prefill: tuple[Prefill, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def memory_rate(self) -> float | None:
@@ -109,6 +119,11 @@ class Bench(_Open):
         if quiet.get("is_quiet", True):
             return []
         return [str(reason) for reason in quiet.get("reasons") or ["it says no reason"]]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What else the bench warned of."""
+        return [text for text in self.warnings if not text.startswith("not quiet")]
 
     def flop_rates(self) -> dict[int, float]:
         """FLOPs per second by rows of input."""

@@ -220,7 +220,7 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
             rate = step.num_bytes / step.time * 1e3
             from_cache = step.reads_from == "cache" and bench.cache_rate is not None
             bandwidth = (bench.cache_rate if from_cache else memory) or memory
-            roof = min(bandwidth * intensity, peaks.get(step.batch, peak))
+            roof = min(bandwidth * intensity, peak_of(peaks, step.num_rows))
             xs.append(rounded(intensity))
             ys.append(rounded(speed))
             words.append(step.name)
@@ -262,6 +262,15 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     )
 
 
+def peak_of(peaks: Mapping[int, float], num_rows: int) -> float:
+    """FLOPs per second of products of so many rows: as of the most that were tried and are no more.
+
+    Of fewer rows than any that were tried: as of the fewest.
+    """
+    tried = [rows for rows in peaks if rows <= num_rows]
+    return peaks[max(tried) if tried else min(peaks)]
+
+
 def _roofs(slopes: Mapping[str, float], peak: float, seen: Sequence[float]) -> list[Spec]:
     """A slanted roof for each place weights are read from, and the level one of products."""
     least, most = min(seen) / 3, max([*seen, *(peak / rate for rate in slopes.values())]) * 3
@@ -291,8 +300,8 @@ def _roofs(slopes: Mapping[str, float], peak: float, seen: Sequence[float]) -> l
 
 def _log_layout(x: str, y: str) -> Spec:
     shape = layout(x, y)
-    shape["xaxis"] |= {"type": "log"}
-    shape["yaxis"] |= {"type": "log", "exponentformat": "SI"}
+    shape["xaxis"] |= {"type": "log", "dtick": 1}
+    shape["yaxis"] |= {"type": "log", "dtick": 1, "exponentformat": "SI"}
     return shape
 
 

@@ -138,6 +138,8 @@ def _speed(facts: Facts) -> Section:
         if doubts:
             words = f"The machine was not quiet: {'; '.join(doubts)}. Times are to be doubted."
             blocks.insert(0, Text(words))
+        remarks = dict.fromkeys(remark for bench in benches for remark in bench.remarks)
+        blocks += [Text(f"Warning: {remark}", is_small=True) for remark in remarks]
         blocks += [table for table in [draw_costs.weights(benches, facts.subjects)] if table]
     return Section("speed", "Speed on this machine", tuple(blocks))
 
