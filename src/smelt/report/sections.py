@@ -205,7 +205,7 @@ _COMMANDS: dict[str, tuple[str, str, _Lacks]] = {
     ),
     "speed": (
         "decode time and the roofline",
-        "smelt bench decode SOURCE RUN -o bench.json",
+        "smelt bench SOURCE RUN -o bench.json",
         lambda facts: bool(facts.material.runs),
     ),
     "sharing": (
@@ -225,7 +225,7 @@ def not_measured(facts: Facts, shown: set[str]) -> Section | None:
         if name not in shown and is_due(facts)
     ]
     rows += [
-        (f"{title[0]}", "smelt bench decode SOURCE RUN -o bench.json")
+        (f"{title[0]}", "smelt bench SOURCE RUN -o bench.json")
         for key, title in COSTS.items()
         if "cost" in shown and len(facts.costs.by_key[key]) < 2 and key != "bytes"
     ]
