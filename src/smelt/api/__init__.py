@@ -15,7 +15,15 @@ from smelt.api.compressing import (
     open_checkpoint,
     plan,
 )
-from smelt.api.measuring import analyse, bench, evaluate, generate, last_of, spreads_of
+from smelt.api.measuring import (
+    analyse,
+    bench,
+    evaluate,
+    generate,
+    last_of,
+    report,
+    spreads_of,
+)
 from smelt.api.training import export, heal, study, train
 
 __all__ = [
@@ -35,6 +43,7 @@ __all__ = [
     "load_stats",
     "open_checkpoint",
     "plan",
+    "report",
     "spreads_of",
     "study",
     "train",

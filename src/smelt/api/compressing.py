@@ -12,7 +12,7 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import verify as verify_files
 from smelt.compress import apply as applying
 from smelt.compress.calibrate import RoutingStats
-from smelt.compress.card import model_card
+from smelt.compress.card import documents
 from smelt.compress.defaults import compress_with_defaults
 from smelt.compress.facts import read_facts
 from smelt.compress.pipeline import (
@@ -172,13 +172,12 @@ def apply(
     applying.check_plan(checkpoint, found, known)
     if verify:
         verify_files(checkpoint.folder, stages("verify"))
-    documents = {} if known is None else {"README.md": model_card(checkpoint, found, known)}
     return applying.apply(
         checkpoint,
         found,
         destination,
         stats=known,
-        documents=documents,
+        documents=documents(checkpoint, found, known),
         workers=workers,
         progress=stages("compress"),
     )

@@ -276,3 +276,29 @@ def analyse(
 
     recipe = check_recipe(settings, AnalysisSettings, origin="settings")
     return run([str(one) for one in runs], Path(folder), recipe, stages=stages).value
+
+
+def report(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    results: Sequence[str | Path] = (),
+    bench: Sequence[str | Path] = (),
+    title: str | None = None,
+) -> Path:
+    """One self-contained page of runs and measurements (docs/report.md); its path.
+
+        from smelt import api
+
+        api.report(["small"], "report.html", results=["results.json"])
+
+    Args:
+        paths: anything smelt wrote: checkpoint folders, plans, statistics, analyses, studies.
+        output: the page; must not exist.
+        results: files of `smelt evaluate -o`.
+        bench: files of `smelt bench … -o`.
+        title: of the page; None: the names of the runs.
+    """
+    from smelt.report.make import make_report
+
+    return make_report(paths, output, results=results, bench=bench, title=title).path

@@ -11,6 +11,7 @@ from smelt.cli.healing import heal
 from smelt.cli.inspecting import inspect
 from smelt.cli.measuring import evaluate
 from smelt.cli.pairing import compare
+from smelt.cli.reporting import report
 from smelt.cli.studying import study
 from smelt.cli.training import train
 
@@ -38,5 +39,6 @@ for command in (
     export,
     study,
     bench,
+    report,
 ):
     app.command()(command)

@@ -2,16 +2,16 @@
 
 from jinja2 import Environment
 
+from smelt.checkpoint.card import base_model, card
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import RoutingStats
 from smelt.compress.plan import Plan
+from smelt.compress.usage import FILE as USAGE
+from smelt.compress.usage import usage_json
+
+_TAGS = {"merge": "expert-merging", "drop": "expert-pruning", "constant": "expert-pruning"}
 
 _TEMPLATE = """\
----
-library_name: transformers
-tags: [mixture-of-experts, smelt]
----
-
 # {{ name }}, compressed by smelt
 
 | | before | after |
@@ -27,7 +27,7 @@ Calibrated on {{ "{:,}".format(stats.num_tokens) }} tokens (text hash `{{ stats.
 {{ loading }}
 
 What was decided for each expert is in `smelt/plan.json`, where it came from in
-`smelt/provenance.json`. The quality was not measured here: `smelt evaluate` does.
+`smelt/provenance.json`.
 """
 
 _LOADING = {
@@ -66,6 +66,15 @@ def _fit(plan: Plan) -> str:
     )
 
 
+def documents(
+    checkpoint: Checkpoint, plan: Plan, stats: RoutingStats | None = None
+) -> dict[str, str]:
+    """What lies beside the weights for a reader: card and usage, where statistics are at hand."""
+    if stats is None:
+        return {}
+    return {"README.md": model_card(checkpoint, plan, stats), USAGE: usage_json(stats)}
+
+
 def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
     """The model card as Markdown."""
     method = plan.method
@@ -77,8 +86,9 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
     if plan.form == "stock":
         words.append(f"router rows {method.router}")
     template = Environment(autoescape=False, keep_trailing_newline=True).from_string(_TEMPLATE)
-    return template.render(
-        name=checkpoint.folder.name,
+    name = base_model(checkpoint)
+    text = template.render(
+        name=name.rpartition("/")[2],
         rows=_rows(plan),
         plan=plan,
         method=", ".join(words),
@@ -86,3 +96,4 @@ def model_card(checkpoint: Checkpoint, plan: Plan, stats: RoutingStats) -> str:
         fit=_fit(plan),
         loading=_LOADING[plan.form],
     )
+    return card(text, [_TAGS.get(method.operator, "compressed")], checkpoint)

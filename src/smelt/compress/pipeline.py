@@ -16,7 +16,7 @@ from smelt.checkpoint.verify import verify as verify_files
 from smelt.checkpoint.width import hidden_field
 from smelt.compress.apply import apply
 from smelt.compress.calibrate import Progress, RoutingStats, calibrate
-from smelt.compress.card import model_card
+from smelt.compress.card import documents
 from smelt.compress.check import check, needs_gradients
 from smelt.compress.decide import make_plan
 from smelt.compress.facts import Facts, bank_reader, read_facts, router_reader
@@ -276,7 +276,7 @@ def _write(
         destination,
         stats=stats,
         facts=facts,
-        documents={"README.md": model_card(checkpoint, plan, stats)},
+        documents=documents(checkpoint, plan, stats),
         workers=recipe.workers,
         progress=stages("compress"),
     )

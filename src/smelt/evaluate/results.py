@@ -166,12 +166,14 @@ def load(path: str | Path) -> list[Result]:
     """
     try:
         return [
-            Result(
-                **entry
-                | {
-                    "value": math.inf if entry["value"] is None else entry["value"],
-                    "text": tuple(entry["text"]),
-                }
+            _checked(
+                Result(
+                    **entry
+                    | {
+                        "value": math.inf if entry["value"] is None else entry["value"],
+                        "text": tuple(entry["text"]),
+                    }
+                )
             )
             for entry in read(path, "results", VERSION)
         ]
@@ -219,6 +221,19 @@ _TITLES = {
     "shots": "solved examples",
     "task_version": "the version of the task",
 }
+
+
+def _checked(result: Result) -> Result:
+    """The record, or a ValueError that names the field that cannot be."""
+    texts = ("task", "metric", "fingerprint", "text_sha256", "checkpoint")
+    numbers = ("value", "n") if result.standard_error is None else ("value", "n", "standard_error")
+    wrong = [name for name in texts if not isinstance(getattr(result, name), str)]
+    wrong += [name for name in numbers if not isinstance(getattr(result, name), int | float)]
+    if not wrong:
+        wrong = [name for name in numbers[1:] if getattr(result, name) < 0]
+    if wrong:
+        raise ValueError(f"{result.task}: {wrong[0]} = {getattr(result, wrong[0])!r} cannot be")
+    return result
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:

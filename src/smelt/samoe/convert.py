@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from smelt.checkpoint.card import card
 from smelt.checkpoint.sink import Sink, check_destination
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import verify as verify_files
@@ -103,7 +104,13 @@ def export(
         if progress:
             progress(f"block {index}" if index + 1 < count else "the rest", index + 1, count)
     provenance = json.dumps(_provenance(checkpoint, done), indent=1) + "\n"
-    sink.finish(count, stock_config(config, DTYPES[dtype]), {"smelt/provenance.json": provenance})
+    text = (
+        f"# {checkpoint.folder.name} as {to}\n\nFrozen by `smelt export` from a SaMoE checkpoint: "
+        f"{done.params_after:,} parameters instead of {done.params_before:,}, the same function. "
+        "Load it as any checkpoint of its family."
+    )
+    documents = {"smelt/provenance.json": provenance, "README.md": card(text, [to], checkpoint)}
+    sink.finish(count, stock_config(config, DTYPES[dtype]), documents)
     return done
 
 

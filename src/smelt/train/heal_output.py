@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from smelt.checkpoint.card import without_results
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import SUMS
 from smelt.errors import RecipeError
@@ -126,7 +127,8 @@ def _note(path: Path, result: Mapping[str, Any]) -> None:
         f"{old['kl_to_teacher']:.4f} | {new['kl_to_teacher']:.4f} |"
         for (name, old), new in zip(result["before"].items(), result["after"].values(), strict=True)
     ]
-    text = path.read_text(encoding="utf-8").rstrip() + "\n\n" if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = without_results(text).rstrip() + "\n\n" if text else ""
     path.write_text(
         f"{text}## Healing\n\nTrained towards `{result['teacher']['name']}` by `smelt heal`, "
         f"{result['steps']} steps, {result['tokens_trained']:,} tokens (smelt/heal.yaml).\n\n"

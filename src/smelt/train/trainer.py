@@ -14,6 +14,7 @@ from smelt.errors import RecipeError
 from smelt.recipe import expand_environment
 from smelt.train import distributed
 from smelt.train.build import build_model
+from smelt.train.card import training_card
 from smelt.train.checkpoints import write
 from smelt.train.examples import training_data
 from smelt.train.faults import disk_may_fill
@@ -121,6 +122,8 @@ def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
             if processes.is_first():
                 spelt = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
                 (partial / "smelt" / "training.json").write_text(spelt, encoding="utf-8")
+                text = training_card(output.name, model, result)
+                (partial / "README.md").write_text(text, encoding="utf-8")
                 _finish(partial, output)
     except BaseException:
         if processes.is_first() and last_checkpoint(partial / "smelt") is None:

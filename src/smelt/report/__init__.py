@@ -1,0 +1,1 @@
+"""Results → one self-contained page, a Markdown table, a model card. No model is run here."""

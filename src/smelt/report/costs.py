@@ -1,0 +1,155 @@
+"""What checkpoints cost beside how good they are, and which of them nothing beats."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from smelt.errors import RecipeError
+from smelt.report.bench import Bench, Cost, Step
+from smelt.report.material import Material
+from smelt.report.quality import Quality
+
+COSTS = {
+    "bytes": ("bytes on disk", "B"),
+    "memory": ("peak memory", "B"),
+    "flops": ("FLOPs per token", "FLOP"),
+    "decode": ("decode time per step", "ms"),
+}
+"""By key: what it is called, and its unit."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint in a figure of quality against one cost."""
+
+    fingerprint: str
+    cost: float
+    value: float
+    error: float | None  # standard error of the value
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs by key and fingerprint, and how the decode times were taken."""
+
+    by_key: Mapping[str, Mapping[str, float]]
+    decode_at: tuple[int, int] | None = None  # batch and context
+    predicted: frozenset[str] = field(default_factory=frozenset)  # bytes from a plan, not a disk
+
+
+def read_costs(material: Material) -> Costs:
+    """What is known of each checkpoint's costs: from bench files, then folders, then plans.
+
+    Raises:
+        RecipeError: decode times of different machines or settings, which do not compare.
+    """
+    found: dict[str, dict[str, float]] = {key: {} for key in COSTS}
+    predicted = set()
+    for run in material.runs:
+        if run.plan is not None:
+            found["bytes"].setdefault(run.plan.checkpoint, run.plan.predicted.bytes_before)
+            predicted.add(run.plan.checkpoint)
+    for run in material.runs:
+        if run.fingerprint is not None and run.num_bytes is not None:
+            found["bytes"][run.fingerprint] = run.num_bytes
+            predicted.discard(run.fingerprint)
+    for bench in material.benches:
+        for cost in bench.checkpoints:
+            _take(found, cost)
+            if cost.folder_bytes is not None:
+                predicted.discard(cost.fingerprint)
+    at, times = _decode(material.benches)
+    found["decode"] = times
+    return Costs(found, at, frozenset(predicted))
+
+
+def _take(found: dict[str, dict[str, float]], cost: Cost) -> None:
+    values = {
+        "bytes": cost.folder_bytes,
+        "memory": cost.peak_memory_bytes,
+        "flops": cost.flops_per_token,
+    }
+    for key, value in values.items():
+        if value is not None:
+            found[key][cost.fingerprint] = float(value)
+
+
+def _decode(benches: Sequence[Bench]) -> tuple[tuple[int, int] | None, dict[str, float]]:
+    """The setting that most checkpoints were timed at (the smallest of them), and its times."""
+    check_machines(benches)
+    steps = [s for bench in benches for s in bench.decode if s.time is not None]
+    if not steps:
+        return None, {}
+    held: dict[tuple[int, int], dict[str, float]] = {}
+    for step in steps:
+        assert step.time is not None
+        held.setdefault((step.batch, step.context), {})[step.fingerprint] = step.time
+    most = max(len(times) for times in held.values())
+    at = min(key for key, times in held.items() if len(times) == most)
+    return at, held[at]
+
+
+def check_machines(benches: Sequence[Bench]) -> None:
+    """Refuse decode times of several machines, types or numbers of threads in one figure."""
+    grounds: dict[tuple[str, ...], Bench] = {}
+    for bench in benches:
+        if bench.decode:
+            grounds.setdefault(_ground(bench), bench)
+    if len(grounds) > 1:
+        first, second, *_ = grounds
+        words = "; ".join(" / ".join(map(str, ground)) for ground in (first, second))
+        raise RecipeError(
+            f"The bench files hold decode times of different machines or settings ({words}), which "
+            "do not compare. Measure all checkpoints in one `smelt bench`, or make a report of "
+            "each file."
+        )
+
+
+def _ground(bench: Bench) -> tuple[str, ...]:
+    def of_steps(name: str) -> str:
+        values = {str((step.model_extra or {}).get(name, "")) for step in bench.decode}
+        return ", ".join(sorted(values - {""}))
+
+    machine = bench.machine
+    threads = machine.get("threads") or of_steps("threads")
+    names = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
+    name = ", ".join(names) or "unknown machine"
+    return (name, f"{threads} threads", of_steps("dtype"), of_steps("device"))
+
+
+def points(quality: Quality, costs: Mapping[str, float]) -> list[Point]:
+    """The checkpoints whose quality and cost are both known, the cheapest first."""
+    both = [f for f in quality.values if f in costs]
+    found = [Point(f, costs[f], *quality.values[f]) for f in both]
+    return sorted(found, key=lambda one: one.cost)
+
+
+def front(found: Sequence[Point], *, is_lower_better: bool) -> list[Point]:
+    """The points that no other beats: none is as good at less cost, or better at no more.
+
+    Equal points are all on the front.
+    """
+    sign = 1 if is_lower_better else -1
+
+    def beats(a: Point, b: Point) -> bool:
+        x, y = (a.cost, sign * a.value), (b.cost, sign * b.value)
+        return x != y and x[0] <= y[0] and x[1] <= y[1]
+
+    return [one for one in found if not any(beats(other, one) for other in found)]
+
+
+def beaten_by(one: Point, found: Sequence[Point], *, is_lower_better: bool) -> Point | None:
+    """The best of the points that beat one: no dearer, and the best of those; None: on the front.
+
+    By how much, and whether that is more than chance, is for the caller to say.
+    """
+    on_front = front(found, is_lower_better=is_lower_better)
+    if one in on_front:
+        return None
+    cheaper = [other for other in on_front if other.cost <= one.cost]
+    sign = 1 if is_lower_better else -1
+    return min(cheaper, key=lambda other: (sign * other.value, other.cost))
+
+
+def timed_steps(benches: Sequence[Bench]) -> list[Step]:
+    """Decode steps with a time, in the order of the files."""
+    return [step for bench in benches for step in bench.decode if step.time is not None]

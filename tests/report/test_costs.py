@@ -1,0 +1,65 @@
+"""The front, and what beats what is not on it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smelt.errors import RecipeError
+from smelt.report.bench import Bench
+from smelt.report.costs import Point, beaten_by, check_machines, front
+from smelt.report.draw_costs import peak_of
+
+_VALUES = st.tuples(st.integers(0, 6), st.integers(0, 6))
+
+
+def points(pairs: list[tuple[int, int]]) -> list[Point]:
+    return [Point(str(i), float(c), float(v), None) for i, (c, v) in enumerate(pairs)]
+
+
+def is_beaten(one: Point, others: list[Point], *, lower: bool) -> bool:
+    """By the definition, slowly: somebody is no worse in both and better in one."""
+    sign = 1 if lower else -1
+    return any(
+        other.cost <= one.cost
+        and sign * other.value <= sign * one.value
+        and (other.cost < one.cost or sign * other.value < sign * one.value)
+        for other in others
+    )
+
+
+@given(st.lists(_VALUES, max_size=9), st.booleans())
+def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]], lower: bool) -> None:
+    found = points(pairs)
+    kept = front(found, is_lower_better=lower)
+    assert kept == [one for one in found if not is_beaten(one, found, lower=lower)]
+
+
+@given(st.lists(_VALUES, max_size=9), st.booleans())
+def test_what_is_beaten_names_one_on_the_front_that_is_no_worse_in_both(
+    pairs: list[tuple[int, int]], lower: bool
+) -> None:
+    found = points(pairs)
+    kept = front(found, is_lower_better=lower)
+    for one in found:
+        other = beaten_by(one, found, is_lower_better=lower)
+        assert (other is None) == (one in kept)
+        if other is not None:
+            assert other in kept and other.cost <= one.cost
+            assert other.value <= one.value if lower else other.value >= one.value
+
+
+def test_decode_times_of_two_machines_are_not_held_against_each_other() -> None:
+    step = {"checkpoint": "a", "fingerprint": "f", "batch": 1, "context": 0, "ms": 1.0}
+
+    def bench(processor: str) -> Bench:
+        return Bench.model_validate({"machine": {"processor": processor}, "decode": [step]})
+
+    check_machines([bench("one"), bench("one")])
+    with pytest.raises(RecipeError, match="different machines"):
+        check_machines([bench("one"), bench("another")])
+
+
+def test_a_roof_is_that_of_the_most_rows_that_were_tried_and_are_no_more() -> None:
+    peaks = {1: 10.0, 8: 50.0, 64: 90.0}
+    assert [peak_of(peaks, n) for n in (1, 7, 8, 512)] == [10.0, 10.0, 50.0, 90.0]
+    assert peak_of({8: 50.0}, 1) == 50.0
