@@ -16,7 +16,7 @@ from smelt.api.compressing import (
     plan,
 )
 from smelt.api.measuring import analyse, evaluate
-from smelt.api.training import export, heal, study, train
+from smelt.api.training import export, export_gguf, heal, study, train
 
 __all__ = [
     "analyse",
@@ -27,6 +27,7 @@ __all__ = [
     "compress_by",
     "evaluate",
     "export",
+    "export_gguf",
     "heal",
     "inspect",
     "load_stats",

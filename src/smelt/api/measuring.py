@@ -11,15 +11,18 @@ from smelt.compress.pipeline import (
     Stages,
     silent,
 )
+from smelt.errors import RecipeError
 from smelt.evaluate.evaluation import (
     Evaluation,
     measure_benchmarks,
     measure_tasks,
     measure_text,
 )
+from smelt.evaluate.gguf_loss import check_files, measure_files
 from smelt.evaluate.task_model import check_model
 from smelt.evaluate.tasks import read_items
 from smelt.evaluate.text2text import check_text2text, read_benchmarks
+from smelt.export.gguf_file import GgufFile
 from smelt.recipe import CalibrationRecipe, check_recipe
 from smelt.text2text.files import Part
 
@@ -48,6 +51,8 @@ def evaluate(
             print(row["checkpoint"], row["nats per token"], row.get("KL"))
 
     Args:
+        checkpoints: folders or hub ids; GGUF files too, after the checkpoint they were made from
+            (docs/export.md).
         original: hold every other checkpoint against this one: logit KL, each layer's output
             error, routing agreement.
         tasks: zero-shot tasks by name (docs/evaluation.md), each model whole in memory. Where
@@ -68,7 +73,15 @@ def evaluate(
     has_items = bool(tasks) or (limit is not None and not benchmarks)
     items = read_items(tasks, limit=limit) if has_items else []
     asked = read_benchmarks(benchmarks, part=part, limit=limit)
+    files = [GgufFile(Path(path)) for path in paths if Path(path).suffix == ".gguf"]
+    paths = [path for path in paths if Path(path).suffix != ".gguf"]
     opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
+    if files and (items or asked):
+        raise RecipeError(
+            f"{files[0].path.name}: tasks are asked of checkpoints that transformers runs. Leave "
+            "GGUF files out, or the tasks."
+        )
+    check_files(files, opened[0] if opened else None)
     first = None
     if original is not None:
         first = open_checkpoint(original, trust_remote_code=trust_remote_code)
@@ -89,6 +102,21 @@ def evaluate(
             bits_per_byte_only=bits_per_byte_only,
             device=device,
             stages=stages,
+        )
+    if files:
+        more = measure_files(
+            files,
+            [str(one.path) if one.path.name in names else one.path.name for one in files],
+            opened[0],
+            recipe,
+            first=found.compared[0].perplexity,
+            stages=stages,
+        )
+        found = replace(
+            found,
+            compared=found.compared + more.compared,
+            fidelity=found.fidelity + more.fidelity,
+            results=found.results + more.results,
         )
     seed = recipe.seed
     if items:

@@ -1,0 +1,111 @@
+"""The type of each tensor in a GGUF file, and numbers as the bytes of it."""
+
+import math
+from dataclasses import dataclass
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smelt.errors import CheckpointError, RecipeError
+from smelt.export.engine import quantise_rows
+
+Kind = gguf.GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a file's matrices are stored as."""
+
+    name: str
+    matrix: Kind
+    head: Kind  # of the output head, or the embedding where it serves as one
+    fallback: Kind  # of matrices whose rows do not divide into the type's blocks
+    file_type: gguf.LlamaFileType
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether llama.cpp is needed to write it."""
+        return self.matrix not in (Kind.F32, Kind.F16, Kind.BF16)
+
+
+def _plain(kind: Kind, file_type: gguf.LlamaFileType) -> Scheme:
+    return Scheme(kind.name, kind, kind, kind, file_type)
+
+
+PLAIN = {
+    torch.float32: _plain(Kind.F32, gguf.LlamaFileType.ALL_F32),
+    torch.float16: _plain(Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    torch.bfloat16: _plain(Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+"""Schemes by the type of the weights."""
+
+QUANTISED = {
+    "Q8_0": Scheme("Q8_0", Kind.Q8_0, Kind.Q8_0, Kind.F16, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "Q4_K": Scheme("Q4_K", Kind.Q4_K, Kind.Q6_K, Kind.Q5_0, gguf.LlamaFileType.MOSTLY_Q4_K_S),
+}
+"""Schemes by the name that --quantise takes. As llama.cpp's own, Q4_K keeps the head in Q6_K, and
+turns to Q5_0 (the head to Q8_0) where rows are no multiple of 256."""
+
+_SMALL = ("ffn_gate_inp", "exp_probs_b", "_norm", ".bias", "ffn_gate_inp_shexp")
+"""Kept in float32: they are small, and routing hangs on them."""
+
+
+def find_scheme(quantise: str | None, dtype: torch.dtype) -> Scheme:
+    """The scheme that was asked for; without one, that of the weights' own type.
+
+    Raises:
+        RecipeError: no scheme of that name.
+    """
+    if quantise is None:
+        return PLAIN.get(dtype, PLAIN[torch.float32])
+    if quantise.upper() not in QUANTISED:
+        raise RecipeError(f"--quantise {quantise}: say {' or '.join(QUANTISED)}.")
+    return QUANTISED[quantise.upper()]
+
+
+def type_of(name: str, shape: tuple[int, ...], scheme: Scheme, *, is_head: bool) -> Kind:
+    """The type of one tensor: the scheme's where its rows divide into blocks, else a wider one."""
+    if len(shape) < 2 or any(part in name for part in _SMALL):
+        return Kind.F32
+    wanted = scheme.head if is_head else scheme.matrix
+    wider = {Kind.Q4_K: scheme.fallback, Kind.Q6_K: Kind.Q8_0}.get(wanted, Kind.F16)
+    for kind in (wanted, wider):
+        if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
+            return kind
+    return Kind.F16
+
+
+def bytes_of(shape: tuple[int, ...], kind: Kind) -> int:
+    """What a tensor takes in a type."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return math.prod(shape) // block * size
+
+
+def encode(name: str, tensor: Tensor, kind: Kind) -> NDArray[np.uint8]:
+    """A tensor as the bytes of a type, a matrix at a time.
+
+    Raises:
+        CheckpointError: a number that float16 cannot hold.
+    """
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    if kind == Kind.F32:
+        return flat.float().contiguous().numpy().view(np.uint8)
+    if kind == Kind.BF16:
+        return flat.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    if kind == Kind.F16:
+        half = flat.to(torch.float16).contiguous()
+        if bool(half.isinf().any()):
+            raise CheckpointError(
+                f"{name}: holds numbers beyond float16's 65,504. Export in bfloat16 or float32."
+            )
+        return half.numpy().view(np.uint8)
+    row_bytes = bytes_of((flat.shape[1],), kind)
+    out = np.empty((flat.shape[0], row_bytes), np.uint8)
+    step = max(1, (1 << 24) // flat.shape[1])  # numbers in float32 at a time
+    for begin in range(0, len(flat), step):
+        rows = flat[begin : begin + step].float().numpy()
+        out[begin : begin + step] = quantise_rows(rows, int(kind), row_bytes)
+    return out
