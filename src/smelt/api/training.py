@@ -124,7 +124,7 @@ def export_gguf(
     """Write a stock checkpoint as a GGUF file for llama.cpp (docs/export.md).
 
     Args:
-        quantise: Q8_0 or Q4_K; None: the type of the weights, or `dtype`.
+        quantise: Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; None: the type of the weights, or `dtype`.
         verify: hold the source's files against their checksums first, where they are known.
     """
     from smelt.checkpoint.source import Checkpoint

@@ -26,7 +26,10 @@ def export(
     ] = False,
     quantise: Annotated[
         str | None,
-        typer.Option("--quantise", help="GGUF: Q8_0 or Q4_K, by llama.cpp [the weights' type]."),
+        typer.Option(
+            "--quantise",
+            help="GGUF: Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K, by llama.cpp [the weights' type].",
+        ),
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", help="SaMoE: the family to write [qwen3_moe].")

@@ -61,7 +61,8 @@ def export_gguf(
     A layer's experts, and their bytes in the file, are in memory at a time.
 
     Args:
-        quantise: Q8_0 or Q4_K, by llama.cpp's own code; None: the type of the weights, or `dtype`.
+        quantise: a name of `types.QUANTISED`, such as Q8_0 or Q4_K, by llama.cpp's own code; None:
+            the type of the weights, or `dtype`.
         dtype: float32, bfloat16 or float16.
 
     Raises:

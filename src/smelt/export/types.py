@@ -22,7 +22,6 @@ class Scheme:
     name: str
     matrix: Kind
     head: Kind  # of the output head, or the embedding where it serves as one
-    fallback: Kind  # of matrices whose rows do not divide into the type's blocks
     file_type: gguf.LlamaFileType
 
     @property
@@ -31,23 +30,32 @@ class Scheme:
         return self.matrix not in (Kind.F32, Kind.F16, Kind.BF16)
 
 
-def _plain(kind: Kind, file_type: gguf.LlamaFileType) -> Scheme:
-    return Scheme(kind.name, kind, kind, kind, file_type)
-
-
 PLAIN = {
-    torch.float32: _plain(Kind.F32, gguf.LlamaFileType.ALL_F32),
-    torch.float16: _plain(Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
-    torch.bfloat16: _plain(Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    torch.float32: Scheme("F32", Kind.F32, Kind.F32, gguf.LlamaFileType.ALL_F32),
+    torch.float16: Scheme("F16", Kind.F16, Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
+    torch.bfloat16: Scheme("BF16", Kind.BF16, Kind.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
 """Schemes by the type of the weights."""
 
 QUANTISED = {
-    "Q8_0": Scheme("Q8_0", Kind.Q8_0, Kind.Q8_0, Kind.F16, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "Q4_K": Scheme("Q4_K", Kind.Q4_K, Kind.Q6_K, Kind.Q5_0, gguf.LlamaFileType.MOSTLY_Q4_K_S),
+    "Q8_0": Scheme("Q8_0", Kind.Q8_0, Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "Q6_K": Scheme("Q6_K", Kind.Q6_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q6_K),
+    "Q5_K": Scheme("Q5_K", Kind.Q5_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q5_K_S),
+    "Q4_K": Scheme("Q4_K", Kind.Q4_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q4_K_S),
+    "Q3_K": Scheme("Q3_K", Kind.Q3_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q3_K_S),
+    "Q2_K": Scheme("Q2_K", Kind.Q2_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q2_K_S),
 }
-"""Schemes by the name that --quantise takes. As llama.cpp's own, Q4_K keeps the head in Q6_K, and
-turns to Q5_0 (the head to Q8_0) where rows are no multiple of 256."""
+"""Schemes by the name that --quantise takes. Every matrix gets the one type, but for the head, which
+has six bits in llama.cpp's own schemes too. None uses an importance matrix."""
+
+WIDER = {
+    Kind.Q6_K: Kind.Q8_0,
+    Kind.Q5_K: Kind.Q5_1,
+    Kind.Q4_K: Kind.Q5_0,
+    Kind.Q3_K: Kind.Q4_0,
+    Kind.Q2_K: Kind.Q4_0,
+}
+"""What llama.cpp takes for a matrix whose rows are no multiple of 256; float16 beyond that."""
 
 _SMALL = ("ffn_gate_inp", "exp_probs_b", "_norm", ".bias", "ffn_gate_inp_shexp")
 """Kept in float32: they are small, and routing hangs on them."""
@@ -62,7 +70,7 @@ def find_scheme(quantise: str | None, dtype: torch.dtype) -> Scheme:
     if quantise is None:
         return PLAIN.get(dtype, PLAIN[torch.float32])
     if quantise.upper() not in QUANTISED:
-        raise RecipeError(f"--quantise {quantise}: say {' or '.join(QUANTISED)}.")
+        raise RecipeError(f"--quantise {quantise}: say one of {', '.join(QUANTISED)}.")
     return QUANTISED[quantise.upper()]
 
 
@@ -71,8 +79,7 @@ def type_of(name: str, shape: tuple[int, ...], scheme: Scheme, *, is_head: bool)
     if len(shape) < 2 or any(part in name for part in _SMALL):
         return Kind.F32
     wanted = scheme.head if is_head else scheme.matrix
-    wider = {Kind.Q4_K: scheme.fallback, Kind.Q6_K: Kind.Q8_0}.get(wanted, Kind.F16)
-    for kind in (wanted, wider):
+    for kind in (wanted, WIDER.get(wanted, Kind.F16)):
         if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             return kind
     return Kind.F16
