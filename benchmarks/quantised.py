@@ -22,7 +22,7 @@ from smelt import api
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.pipeline import read_text
-from smelt.evaluate.gguf_loss import check_files, measure_file
+from smelt.evaluate.gguf_loss import measure_file, open_files
 from smelt.evaluate.matched_bytes import Point, front, merge_or_quantise
 from smelt.evaluate.perplexity import measure
 from smelt.evaluate.sequences import PerSequence
@@ -82,8 +82,7 @@ def run(options: argparse.Namespace) -> tuple[list[Point], float]:
                     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
                     kind = {"dtype": names[scheme]}
                 api.export_gguf(folder, path, **kind)
-            file = GgufFile(path)
-            check_files([file], source)
+            (file,) = open_files([path], source)
             losses = [
                 kept_loss(file, f"{text}-{options.tokens}", part, num_bytes[text])
                 for text, part in batches.items()

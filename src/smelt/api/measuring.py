@@ -18,11 +18,10 @@ from smelt.evaluate.evaluation import (
     measure_tasks,
     measure_text,
 )
-from smelt.evaluate.gguf_loss import check_files, measure_files
 from smelt.evaluate.task_model import check_model
 from smelt.evaluate.tasks import read_items
 from smelt.evaluate.text2text import check_text2text, read_benchmarks
-from smelt.export.gguf_file import GgufFile
+from smelt.export.engine import check_writer
 from smelt.recipe import CalibrationRecipe, check_recipe
 from smelt.text2text.files import Part
 
@@ -73,15 +72,19 @@ def evaluate(
     has_items = bool(tasks) or (limit is not None and not benchmarks)
     items = read_items(tasks, limit=limit) if has_items else []
     asked = read_benchmarks(benchmarks, part=part, limit=limit)
-    files = [GgufFile(Path(path)) for path in paths if Path(path).suffix == ".gguf"]
+    gguf_paths = [Path(path) for path in paths if Path(path).suffix == ".gguf"]
     paths = [path for path in paths if Path(path).suffix != ".gguf"]
     opened = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
-    if files and (items or asked):
-        raise RecipeError(
-            f"{files[0].path.name}: tasks are asked of checkpoints that transformers runs. Leave "
-            "GGUF files out, or the tasks."
-        )
-    check_files(files, opened[0] if opened else None)
+    if gguf_paths:
+        if items or asked:
+            raise RecipeError(
+                f"{gguf_paths[0].name}: tasks are asked of checkpoints that transformers runs. "
+                "Leave GGUF files out, or the tasks."
+            )
+        check_writer()
+        from smelt.evaluate.gguf_loss import measure_files, open_files
+
+        files = open_files(gguf_paths, opened[0] if opened else None)
     first = None
     if original is not None:
         first = open_checkpoint(original, trust_remote_code=trust_remote_code)
@@ -103,10 +106,10 @@ def evaluate(
             device=device,
             stages=stages,
         )
-    if files:
+    if gguf_paths:
         more = measure_files(
             files,
-            [str(one.path) if one.path.name in names else one.path.name for one in files],
+            _file_names(gguf_paths),
             opened[0],
             recipe,
             first=found.compared[0].perplexity,
@@ -128,6 +131,12 @@ def evaluate(
         )
         found = replace(found, benchmarks=more.benchmarks, results=found.results + more.results)
     return found
+
+
+def _file_names(paths: Sequence[Path]) -> list[str]:
+    """What to call files: by name, or by path where two have one name."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def analyse(

@@ -129,6 +129,9 @@ def export_gguf(
     """
     from smelt.checkpoint.source import Checkpoint
     from smelt.checkpoint.verify import verify as verify_files
+    from smelt.export.engine import check_writer
+
+    check_writer()
     from smelt.export.gguf_file import export_gguf as run
 
     checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)

@@ -6,6 +6,7 @@ predicted tokens, sequence by sequence. The file's own tokens are held against t
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -25,20 +26,22 @@ from smelt.export.tokens import token_list
 from smelt.recipe import CalibrationRecipe
 
 
-def check_files(files: Sequence[GgufFile], source: Checkpoint | None) -> None:
-    """Raise for what would stop the measurement of files later.
+def open_files(paths: Sequence[Path], source: Checkpoint | None) -> list[GgufFile]:
+    """GGUF files opened, checked for what would stop their measurement later.
+
+    Args:
+        source: the checkpoint whose tokenizer is to cut the text.
 
     Raises:
         CalibrationError: no checkpoint whose tokenizer could cut the text.
         CheckpointError: a file of other tokens than the checkpoint's.
         EngineError: no llama.cpp here.
     """
-    if not files:
-        return
     library()
+    files = [GgufFile(path) for path in paths]
     if source is None:
         raise CalibrationError(
-            f"{files[0].path.name}: a GGUF file is measured on its source's tokens. Name the "
+            f"{paths[0].name}: a GGUF file is measured on its source's tokens. Name the "
             "checkpoint that it was made from before it: smelt evaluate SRC FILE.gguf."
         )
     rows = source.config.get_text_config().vocab_size
@@ -52,6 +55,7 @@ def check_files(files: Sequence[GgufFile], source: Checkpoint | None) -> None:
                 f"{file.path}: its tokens are not those of {source.folder.name}. Name the "
                 "checkpoint that it was made from, or one of the same tokenizer."
             )
+    return files
 
 
 def measure_files(

@@ -75,6 +75,12 @@ def missing() -> str | None:
     return None
 
 
+def check_writer() -> None:
+    """Raise EngineError unless the library that reads and writes GGUF files is here."""
+    if importlib.util.find_spec("gguf") is None:
+        raise EngineError(f"GGUF files need the package gguf: {INSTALL}.")
+
+
 @functools.cache
 def library() -> Any:
     """The loaded library, its functions declared.

@@ -134,13 +134,18 @@ def _write(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, planned in enumerate(plan):
-            tensors = planned.part.read()
-            for (name, kind), tensor in zip(planned.types.items(), tensors, strict=True):
-                writer.write_tensor_data(encode(name, tensor, kind))
+            _write_part(writer, planned)
             if progress:
                 progress(next(iter(planned.types)), done + 1, len(plan))
     finally:
         writer.close()
+
+
+def _write_part(writer: gguf.GGUFWriter, planned: _Planned) -> None:
+    """Read, encode and write; nothing of it is left in memory for the next."""
+    tensors = planned.part.read()
+    for (name, kind), tensor in zip(planned.types.items(), tensors, strict=True):
+        writer.write_tensor_data(encode(name, tensor, kind))
 
 
 def _metadata(

@@ -24,6 +24,9 @@ _NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # gguf's TokenType
 _UNKNOWN = 2
 _SPACE = "▁"
 
+_SAMPLED = 4096
+"""Tokens whose texts are part of what is cut to choose a pre-tokenizer."""
+
 PRE_TOKENIZERS = (
     "gpt-2",
     "qwen2",
@@ -221,10 +224,11 @@ def _choose_pre(found: Vocabulary, tokenizer: Any, parsed: dict[str, Any]) -> Vo
         name = "gpt-2" if plain else "default"
         note = f"the pre-tokenizer is named {name!r} unchecked: {reason}"
         return replace(found, pre=name, notes=(*notes, note))
-    expected = tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    text = sample_text(tokenizer)
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
     for name in PRE_TOKENIZERS:
         candidate = replace(found, pre=name, notes=notes)
-        if _cut(candidate, SAMPLE) == expected:
+        if _cut(candidate, text) == expected:
             return candidate
     note = (
         "none of llama.cpp's pre-tokenizers cuts a sample text as this tokenizer does: named "
@@ -238,10 +242,23 @@ def _check(found: Vocabulary, tokenizer: Any, parsed: dict[str, Any]) -> Vocabul
     notes = _normalizer_notes(parsed)
     if missing() is not None:
         return replace(found, notes=(*notes, f"the tokenizer is unchecked: {missing()}"))
-    if _cut(found, SAMPLE) != tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]:
+    text = sample_text(tokenizer)
+    if _cut(found, text) != tokenizer(text, add_special_tokens=False)["input_ids"]:
         note = "llama.cpp cuts a sample text into other tokens than transformers: give it token ids"
         notes = (*notes, note)
     return replace(found, notes=notes)
+
+
+def sample_text(tokenizer: Any) -> str:
+    """SAMPLE, and the texts of tokens that the tokenizer has, one behind the other.
+
+    A pre-tokenizer forbids merges, and its own tokens are those that it could forbid: digits after
+    digits, blanks after letters.
+    """
+    special, size = set(tokenizer.all_special_ids), len(tokenizer)
+    numbers = [i for i in range(0, size, max(1, size // _SAMPLED)) if i not in special]
+    texts = [tokenizer.decode([number]) for number in numbers]
+    return SAMPLE + "".join(text for text in texts if "\ufffd" not in text)
 
 
 def _normalizer_notes(parsed: dict[str, Any]) -> tuple[str, ...]:

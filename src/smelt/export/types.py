@@ -45,8 +45,8 @@ QUANTISED = {
     "Q3_K": Scheme("Q3_K", Kind.Q3_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q3_K_S),
     "Q2_K": Scheme("Q2_K", Kind.Q2_K, Kind.Q6_K, gguf.LlamaFileType.MOSTLY_Q2_K_S),
 }
-"""Schemes by the name that --quantise takes. Every matrix gets the one type, but for the head, which
-has six bits in llama.cpp's own schemes too. None uses an importance matrix."""
+"""Schemes by the name that --quantise takes. Every matrix gets the one type, but for the head,
+which has six bits in llama.cpp's own schemes too. None uses an importance matrix."""
 
 WIDER = {
     Kind.Q6_K: Kind.Q8_0,
