@@ -10,6 +10,7 @@ from smelt.cli.exporting import export
 from smelt.cli.healing import heal
 from smelt.cli.inspecting import inspect
 from smelt.cli.measuring import evaluate
+from smelt.cli.pushing import push
 from smelt.cli.studying import study
 from smelt.cli.training import train
 
@@ -34,6 +35,7 @@ for command in (
     train,
     analyse,
     export,
+    push,
     study,
 ):
     app.command()(command)
