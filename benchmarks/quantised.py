@@ -19,6 +19,7 @@ import torch
 
 from _report import machine, save, show
 from smelt import api
+from smelt.bench.gguf_decode import measure as decode
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.pipeline import read_text
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--scheme", action="append", help=f"repeatable {SCHEMES}")
     parser.add_argument("--reconstruct", action="store_true", help="reconstructed ones too")
     parser.add_argument("--steps", type=int, default=400, help="of the reconstruction")
+    parser.add_argument("--decode", action="store_true", help="time decode steps too")
     parser.add_argument("--name", help="of the results [the checkpoint's]")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -60,6 +62,12 @@ def main() -> None:
     print(f"\n{verdict.sentence}")
     record = [dict(zip(header, row, strict=True)) for row in rows]
     part = {"machine": machine(), "rows": record, "same": same, "answer": verdict.sentence}
+    if options.decode:
+        files = [GgufFile(path) for path in sorted(options.work.glob("*.gguf"))]
+        part["bench"] = decode(files, contexts=(0, 256))
+        steps = part["bench"]["decode"]
+        rows = [(s["checkpoint"], s["context"], s["ms"], s["ms_median"]) for s in steps]
+        show("Decode, llama.cpp, one sequence", ("file", "context", "ms", "median"), rows)
     save("quantised", {f"{name}, {options.method}": part})
 
 

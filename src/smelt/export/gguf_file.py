@@ -235,6 +235,11 @@ class GgufFile:
         return int(self.get(f"{self.get('general.architecture')}.context_length"))
 
     @cached_property
+    def num_params(self) -> int:
+        """Numbers in all of its tensors."""
+        return sum(int(tensor.n_elements) for tensor in self._reader.tensors)
+
+    @cached_property
     def num_bytes(self) -> int:
         """Of the file."""
         return self.path.stat().st_size
