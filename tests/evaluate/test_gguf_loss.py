@@ -1,6 +1,7 @@
 """A GGUF file is measured on exactly the tokens of its source, and beside it in one table."""
 
 import math
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_llama_cpp_and_transformers_measure_the_same_loss(ground):
         file.perplexity.sequences.total, source.perplexity.sequences.total, strict=True
     ):
         assert mine == pytest.approx(float(its), rel=1e-4)
+
+
+def test_of_the_embedded_checkpoint_too(tmp_path):
+    # A trained one, in bfloat16, its first layer dense: transformers computes in bfloat16.
+    folder = Path(str(files("smelt") / "data" / "tiny-moe"))
+    path = api.export_gguf(folder, tmp_path / "tiny.gguf", dtype="float32").path
+    source, file = api.evaluate([folder, path], num_tokens=2048).compared
+    assert file.perplexity.perplexity == pytest.approx(source.perplexity.perplexity, rel=1e-3)
 
 
 def test_records_name_the_file_its_type_and_its_bytes(ground, tmp_path):

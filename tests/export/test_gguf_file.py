@@ -107,6 +107,14 @@ def test_q8_0_is_bit_for_bit_what_the_gguf_library_makes(tmp_path):
 
 
 @needs_llama
+def test_chunks_give_the_bytes_of_the_whole(monkeypatch):
+    rows = torch.randn(37, 256, generator=torch.Generator().manual_seed(0))
+    whole = types.encode("w", rows, types.Kind.Q4_K)
+    monkeypatch.setattr(types, "_CHUNK", 5 * 256)
+    np.testing.assert_array_equal(types.encode("w", rows, types.Kind.Q4_K), whole)
+
+
+@needs_llama
 @pytest.mark.parametrize(
     ("scheme", "bits", "error"),
     [("Q8_0", 8.5, 0.006), ("Q6_K", 6.5625, 0.025), ("Q4_K", 4.5, 0.09), ("Q2_K", 2.625, 0.4)],

@@ -57,6 +57,9 @@ WIDER = {
 }
 """What llama.cpp takes for a matrix whose rows are no multiple of 256; float16 beyond that."""
 
+_CHUNK = 1 << 24
+"""Numbers that are in float32 at a time while they are quantised."""
+
 _SMALL = ("ffn_gate_inp", "exp_probs_b", "_norm", ".bias", "ffn_gate_inp_shexp")
 """Kept in float32: they are small, and routing hangs on them."""
 
@@ -111,7 +114,7 @@ def encode(name: str, tensor: Tensor, kind: Kind) -> NDArray[np.uint8]:
         return half.numpy().view(np.uint8)
     row_bytes = bytes_of((flat.shape[1],), kind)
     out = np.empty((flat.shape[0], row_bytes), np.uint8)
-    step = max(1, (1 << 24) // flat.shape[1])  # numbers in float32 at a time
+    step = max(1, _CHUNK // flat.shape[1])
     for begin in range(0, len(flat), step):
         rows = flat[begin : begin + step].float().numpy()
         out[begin : begin + step] = quantise_rows(rows, int(kind), row_bytes)
