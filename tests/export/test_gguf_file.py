@@ -196,3 +196,15 @@ def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "text.gguf").write_text("not a model")
     with pytest.raises(CheckpointError, match="not a readable GGUF file"):
         GgufFile(tmp_path / "text.gguf")
+
+
+def test_tensors_that_transformers_does_not_use_are_left_out_and_said(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save("glm4_moe", tmp_path / "model", n_group=1, topk_group=1)
+    weights = load_file(folder / "model.safetensors")
+    extra = {"model.layers.3.eh_proj.weight": torch.zeros(32, 64)}
+    save_file(weights | extra, folder / "model.safetensors", {"format": "pt"})
+    done = api.export_gguf(folder, tmp_path / "model.gguf", verify=False)
+    assert any("model.layers.3.eh_proj.weight" in note for note in done.notes)
+    assert not [name for name in tensors(done.path) if name.startswith("blk.3.")]

@@ -189,8 +189,17 @@ def _written(
         bytes_before=checkpoint.bytes_of(checkpoint.state),
         types=dict(sorted(types.items())),
         wider=tuple(name for name, kind in kinds.items() if kind not in wanted),
-        notes=(*target.notes, *vocabulary.notes),
+        notes=(*target.notes, *vocabulary.notes, *_left_out(checkpoint)),
     )
+
+
+def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the checkpoint holds and transformers does not run: layers of multi-token prediction."""
+    count = len(checkpoint.extra_keys)
+    if not count:
+        return ()
+    first = checkpoint.extra_keys[0]
+    return (f"{count} tensors that transformers does not use are left out, {first} the first",)
 
 
 class GgufFile:
