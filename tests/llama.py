@@ -53,3 +53,24 @@ def by_llama(path: Path, ids: list[int], count: int) -> "tuple[NDArray[np.float3
 
     with Engine(path, context=len(ids) + 8 + count) as engine:
         return engine.logits(ids), engine.greedy(ids[:8], count)
+
+
+def save_samoe(folder: Path) -> Path:
+    """A tiny random SaMoE checkpoint, every block with experts."""
+    from checkpoints import randomise
+    from smelt.samoe.config import SaMoEConfig
+    from smelt.samoe.model import SaMoEForCausalLM
+
+    config = SaMoEConfig.from_preset(
+        "modern",
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_experts=4,
+        vocab_size=96,
+        moe_every=1,
+    )
+    model = SaMoEForCausalLM(config)
+    randomise(model)
+    model.save_pretrained(folder)
+    return folder

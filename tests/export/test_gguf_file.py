@@ -3,19 +3,20 @@
 import math
 import weakref
 
-import gguf
 import numpy as np
 import pytest
 import torch
 
-from checkpoints import save
-from llama import by_llama, by_transformers, needs_llama, token_ids
-from smelt import api
-from smelt.checkpoint.source import Checkpoint
-from smelt.errors import CheckpointError
-from smelt.export import types
-from smelt.export.engine import EngineError
-from smelt.export.gguf_file import GgufFile, export_gguf
+gguf = pytest.importorskip("gguf", reason="the package gguf is missing: pip install 'smelt[gguf]'")
+
+from checkpoints import save  # noqa: E402
+from llama import by_llama, by_transformers, needs_llama, token_ids  # noqa: E402
+from smelt import api  # noqa: E402
+from smelt.checkpoint.source import Checkpoint  # noqa: E402
+from smelt.errors import CheckpointError  # noqa: E402
+from smelt.export import types  # noqa: E402
+from smelt.export.engine import EngineError  # noqa: E402
+from smelt.export.gguf_file import GgufFile, export_gguf  # noqa: E402
 
 WIDE = {"hidden_size": 256, "head_dim": 128, "moe_intermediate_size": 256, "num_hidden_layers": 1}
 """Rows of 256, which the K types divide into blocks."""

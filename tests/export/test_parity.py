@@ -8,7 +8,7 @@ import pytest
 
 from checkpoints import save
 from commands import make_source, text_file
-from llama import TOLERANCE, by_llama, by_transformers, needs_llama, token_ids
+from llama import TOLERANCE, by_llama, by_transformers, needs_llama, save_samoe, token_ids
 from smelt import api
 
 pytestmark = needs_llama
@@ -48,6 +48,16 @@ def test_llama_cpp_computes_what_transformers_computes(family, tmp_path):
     assert done.num_bytes == (tmp_path / "model.gguf").stat().st_size
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "mixtral"])
+def test_a_tied_head_is_written_only_where_the_architecture_has_to_have_one(family, tmp_path):
+    folder = save(family, tmp_path / "model", **FAMILIES[family], tie_word_embeddings=True)
+    path = same_model(folder, tmp_path / "model.gguf").path
+    from gguf import GGUFReader
+
+    names = {tensor.name for tensor in GGUFReader(path).tensors}
+    assert ("output.weight" in names) == (family != "mixtral")
+
+
 @pytest.mark.filterwarnings("ignore:.*calibration tokens reach:UserWarning")
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
 def test_of_a_checkpoint_compressed_to_half_its_experts_too(family, tmp_path):
@@ -79,6 +89,11 @@ def test_a_qwen3_moe_that_qwen3moe_cannot_be_is_written_as_one_that_computes_the
     done = same_model(folder, tmp_path / "model.gguf")
     assert done.architecture == "glm4moe"
     assert any("computes the same" in note for note in done.notes)
+
+
+def test_a_frozen_samoe_model_runs_too(tmp_path):
+    api.export(save_samoe(tmp_path / "samoe"), tmp_path / "frozen", dtype="float32")
+    same_model(tmp_path / "frozen", tmp_path / "frozen.gguf")
 
 
 def test_qwen3moe_divides_the_weights_by_their_sum_whatever_the_configuration_says(

@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import save
 from commands import make_source, smelt, text_file
-from llama import needs_gguf
+from llama import needs_gguf, save_samoe
 
 pytestmark = needs_gguf
 
@@ -71,19 +71,8 @@ def test_a_mapped_checkpoint_is_refused(tmp_path):
 
 
 def test_a_samoe_checkpoint_is_to_be_frozen_first(tmp_path):
-    from smelt.samoe.config import SaMoEConfig
-    from smelt.samoe.model import SaMoEForCausalLM
-
-    config = SaMoEConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_experts=4,
-        vocab_size=96,
-        moe_every=1,
-    )
-    SaMoEForCausalLM(config).save_pretrained(tmp_path / "samoe")
-    refused(tmp_path / "samoe", tmp_path / "out.gguf", says=("Freeze it first", "smelt export"))
+    folder = save_samoe(tmp_path / "samoe")
+    refused(folder, tmp_path / "out.gguf", says=("Freeze it first", "smelt export"))
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path):
@@ -113,3 +102,11 @@ def test_a_weight_missing_on_disk_is_found_before_anything_is_written(tmp_path):
     weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     refused(folder, tmp_path / "out.gguf", says=("model.norm.weight is missing",))
+
+
+def test_without_the_gguf_library_the_message_says_what_to_install(tmp_path, monkeypatch):
+    from smelt.export import engine
+
+    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    folder = save("qwen3_moe", tmp_path / "model")
+    refused(folder, tmp_path / "out.gguf", says=("package gguf", "pip install 'smelt[gguf]'"))
