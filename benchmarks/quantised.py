@@ -1,6 +1,6 @@
 """Merge or quantise? One checkpoint, fewer experts and fewer bits, by real bytes of GGUF files.
 
-    python benchmarks/quantised.py CHECKPOINT --work runs/quantised [--reconstruct]
+    python benchmarks/quantised.py CHECKPOINT --work runs/quantised [--reconstruct 0.5]
 
 The original and what REAP keeps of it (a share of the experts, as it is and reconstructed) are
 written by `smelt export --gguf` in several types, and run by llama.cpp on two held-out texts. The
@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--method", default="reap")
     parser.add_argument("--keep", type=float, action="append", help=f"repeatable {KEPT}")
     parser.add_argument("--scheme", action="append", help=f"repeatable {SCHEMES}")
-    parser.add_argument("--reconstruct", action="store_true", help="reconstructed ones too")
+    parser.add_argument(
+        "--reconstruct", type=float, action="append", help="a share to reconstruct too; repeatable"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of the reconstruction")
     parser.add_argument("--decode", action="store_true", help="time decode steps too")
     parser.add_argument("--name", help="of the results [the checkpoint's]")
@@ -119,7 +121,8 @@ def checkpoints(
     if not stats.exists():
         api.calibrate(source.folder, stats, **calibration)
     for keep in options.keep or KEPT:
-        for fit in (None, {"steps": options.steps}) if options.reconstruct else (None,):
+        is_fitted = keep in (options.reconstruct or ())
+        for fit in (None, {"steps": options.steps}) if is_fitted else (None,):
             folder = work / f"{options.method}-{keep:g}{'-fit' if fit else ''}"
             if not folder.exists():
                 more = {} if fit is None else {"calibration": calibration, "reconstruct": fit}
