@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smelt.evaluate.matched_bytes import Point, front, merge_or_quantise
+from smelt.evaluate.matched_bytes import Point, at_bytes, front, merge_or_quantise
 from smelt.evaluate.sequences import PerSequence
 
 NOISE = torch.tensor([0.01, -0.01, 0.02, -0.02], dtype=torch.float64)
@@ -31,6 +31,23 @@ def test_of_equal_bytes_only_the_best_is_on_the_front():
     assert [p.name for p in front([ORIGINAL, one, two])] == ["two", "original"]
 
 
+def test_at_equal_bytes_the_rival_lies_between_its_neighbours():
+    plain = [point("q4", 300, 3.1), point("q8", 500, 3.0), ORIGINAL]
+    between = at_bytes(plain, 450)
+    assert between.num_bytes == 450
+    assert between.nats_over(ORIGINAL) == pytest.approx(0.025)
+    assert at_bytes(plain, 300) is plain[0] and at_bytes(plain, 500) is plain[1]
+    assert at_bytes(plain, 10) is plain[0] and at_bytes(plain, 2000) is plain[2]
+
+
+def test_a_smaller_file_that_is_better_too_beats_the_smallest_unmerged_one():
+    points = [ORIGINAL, point("q2", 200, 3.3), point("half q4", 150, 3.1, merged=True)]
+    found = merge_or_quantise(points)
+    assert [(a.name, b.name) for a, b in found.better] == [("half q4", "q2")]
+    assert found.sentence.startswith("Yes")
+    assert "takes 25% less and predicts better by 0.2000 nats" in found.sentence
+
+
 def test_it_says_no_where_every_merged_file_loses():
     points = [
         ORIGINAL,
@@ -41,11 +58,14 @@ def test_it_says_no_where_every_merged_file_loses():
         point("half q4", 170, 3.4, merged=True),
     ]
     found = merge_or_quantise(points)
-    assert [(a.name, b.name) for a, b in found.worse] == [("half", "q8"), ("half q8", "q4")]
+    assert [(a.name, b.name) for a, b in found.worse] == [
+        ("half", "q8"),
+        ("half q8", "between q4 and q8"),
+    ]
     assert not found.better
     assert found.sentence.startswith("No, at equal bytes merging does not beat quantisation")
     assert [p.name for p in found.smaller] == ["half q4"]
-    assert "half q4 takes 43% less for +0.350 nats more" in found.sentence
+    assert "half q4 takes 43% less for 0.3500 nats more" in found.sentence
 
 
 def test_it_says_yes_where_every_merged_file_wins():
@@ -57,7 +77,7 @@ def test_it_says_yes_where_every_merged_file_wins():
     ]
     found = merge_or_quantise(points)
     assert found.sentence.startswith("Yes, at equal bytes merging beats quantisation")
-    assert "half against q4" in found.sentence
+    assert "half q8 against between q4 and original, 0.3929" in found.sentence
     assert "It adds nothing" in found.sentence  # no merged file is below the smallest
 
 

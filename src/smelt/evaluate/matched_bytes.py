@@ -54,7 +54,7 @@ def front(points: Sequence[Point]) -> list[Point]:
 class Verdict:
     """What the points say of merging and quantising."""
 
-    better: tuple[tuple[Point, Point], ...]  # a merged file, and the unmerged one it beats
+    better: tuple[tuple[Point, Point], ...]  # a merged file, and what it beats at its bytes
     worse: tuple[tuple[Point, Point], ...]
     level: tuple[tuple[Point, Point], ...]  # neither is surely better
     smaller: tuple[Point, ...]  # merged files below the smallest unmerged one, on the front
@@ -64,21 +64,24 @@ class Verdict:
 def merge_or_quantise(points: Sequence[Point]) -> Verdict:
     """At equal bytes, does merging beat quantisation, or add to it?
 
-    Every merged file is held against the best unmerged file of at most its bytes. Those smaller
-    than all unmerged files have no such opponent: they say what merging adds, and at what price.
+    Every merged file is held against unmerged files at its own bytes: what lies on the line between
+    the two neighbours of their front, as a file of both types would, more or less. Those smaller
+    than all unmerged files are held against the smallest one: they can beat it, and otherwise say
+    what merging adds, and at what price.
 
     Args:
         points: the first is the original; unmerged and merged files.
     """
-    original, plain = points[0], [p for p in points if not p.is_merged]
+    original = points[0]
+    plain = front([p for p in points if not p.is_merged])
+    least = plain[0]
     found: dict[str, list[tuple[Point, Point]]] = {"better": [], "worse": [], "level": []}
-    least = min(plain, key=lambda p: p.num_bytes)
-    for merged in (p for p in points if p.is_merged and p.num_bytes >= least.num_bytes):
-        rivals = [p for p in plain if p.num_bytes <= merged.num_bytes]
-        rival = min(rivals, key=lambda p: p.nats_over(original))
+    for merged in (p for p in points if p.is_merged):
+        rival = at_bytes(plain, merged.num_bytes)
         mean, error = merged.difference(rival)
         kind = "level" if abs(mean) <= SURE * error else "better" if mean < 0 else "worse"
-        found[kind].append((merged, rival))
+        if merged.num_bytes >= least.num_bytes or kind == "better":
+            found[kind].append((merged, rival))
     smaller = [p for p in front(points) if p.is_merged and p.num_bytes < least.num_bytes]
     sentence = f"{_beats(found, least)} {_adds(smaller, least, original)}"
     return Verdict(
@@ -90,12 +93,35 @@ def merge_or_quantise(points: Sequence[Point]) -> Verdict:
     )
 
 
+def at_bytes(plain: Sequence[Point], num_bytes: int) -> Point:
+    """The unmerged file of so many bytes: between two neighbours, or the nearest end.
+
+    Args:
+        plain: the front of the unmerged files, by bytes.
+    """
+    above = next((i for i, p in enumerate(plain) if p.num_bytes >= num_bytes), len(plain))
+    if above == 0:
+        return plain[0]
+    if above == len(plain):
+        return plain[-1]
+    low, high = plain[above - 1], plain[above]
+    share = (num_bytes - low.num_bytes) / (high.num_bytes - low.num_bytes)
+    if share == 1:
+        return high
+    loss = [
+        PerSequence((1 - share) * a.total + share * b.total, a.count)
+        for a, b in zip(low.loss, high.loss, strict=True)
+    ]
+    name = f"between {low.name} and {high.name}"
+    return Point(name, num_bytes, False, f"{low.scheme}–{high.scheme}", tuple(loss))
+
+
 def _beats(found: dict[str, list[tuple[Point, Point]]], least: Point) -> str:
     total = sum(map(len, found.values()))
     if not total:
         return f"No merged file is as large as the smallest unmerged one ({least.name})."
     counts = (
-        f"of {total} merged files, each against the best unmerged file of at most its bytes, "
+        f"of {total} merged files, each against unmerged ones at its own bytes, "
         f"{len(found['better'])} predict better, {len(found['worse'])} worse, "
         f"{len(found['level'])} within {SURE:g} standard errors"
     )
@@ -116,8 +142,9 @@ def _adds(smaller: Sequence[Point], least: Point, original: Point) -> str:
     best = max(smaller, key=lambda p: p.num_bytes)
     less = 1 - best.num_bytes / least.num_bytes
     more = best.nats_over(least)
+    price = f"for {more:.4f} nats more" if more > 0 else f"and predicts better by {-more:.4f} nats"
     ends = f"{least.num_bytes / 1e6:.1f} MB, where the narrowest unmerged file ends"
     return (
-        f"It adds to it only below {ends} ({least.name}, {least.nats_over(original):+.3f} nats): "
-        f"{best.name} takes {less:.0%} less for {more:+.3f} nats more."
+        f"It adds to it below {ends} ({least.name}, {least.nats_over(original):+.4f} nats): "
+        f"{best.name} takes {less:.0%} less {price}."
     )
