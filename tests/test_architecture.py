@@ -28,6 +28,7 @@ ORDER = (
     ("text2text",),
     ("checkpoint",),
     ("compress", "samoe"),  # beside each other: neither knows the other
+    ("export",),
     ("train",),
     ("evaluate",),
     ("bench",),

@@ -15,16 +15,9 @@ from smelt.api.compressing import (
     open_checkpoint,
     plan,
 )
-from smelt.api.measuring import (
-    analyse,
-    bench,
-    evaluate,
-    generate,
-    last_of,
-    report,
-    spreads_of,
-)
-from smelt.api.training import export, heal, study, train
+from smelt.api.evaluating import evaluate, generate, last_of, spreads_of
+from smelt.api.measuring import analyse, bench, report
+from smelt.api.training import export, export_gguf, heal, study, train
 
 __all__ = [
     "analyse",
@@ -36,6 +29,7 @@ __all__ = [
     "compress_by",
     "evaluate",
     "export",
+    "export_gguf",
     "generate",
     "heal",
     "inspect",

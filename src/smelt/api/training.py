@@ -8,6 +8,7 @@ from smelt.compress.pipeline import Stages, silent
 from smelt.recipe import check_recipe, find_recipe, load_recipe, read_values
 
 if TYPE_CHECKING:
+    from smelt.export.gguf_file import Progress, Written
     from smelt.samoe.convert import Exported
 
 
@@ -108,3 +109,32 @@ def export(
     from smelt.samoe.convert import export as run
 
     return run(str(source), str(destination), to=to, dtype=dtype, verify=verify)
+
+
+def export_gguf(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    quantise: str | None = None,
+    dtype: str | None = None,
+    verify: bool = True,
+    trust_remote_code: bool = False,
+    progress: "Progress | None" = None,
+) -> "Written":
+    """Write a stock checkpoint as a GGUF file for llama.cpp (docs/export.md).
+
+    Args:
+        quantise: Q8_0, Q6_K, Q5_K, Q4_K, Q3_K or Q2_K; None: the type of the weights, or `dtype`.
+        verify: hold the source's files against their checksums first, where they are known.
+    """
+    from smelt.checkpoint.source import Checkpoint
+    from smelt.checkpoint.verify import verify as verify_files
+    from smelt.export.engine import check_writer
+
+    check_writer()
+    from smelt.export.gguf_file import export_gguf as run
+
+    checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+    if verify:
+        verify_files(checkpoint.folder)
+    return run(checkpoint, destination, quantise=quantise, dtype=dtype, progress=progress)

@@ -11,6 +11,7 @@ from smelt.cli.healing import heal
 from smelt.cli.inspecting import inspect
 from smelt.cli.measuring import evaluate
 from smelt.cli.pairing import compare
+from smelt.cli.pushing import push
 from smelt.cli.reporting import report
 from smelt.cli.studying import study
 from smelt.cli.training import train
@@ -37,6 +38,7 @@ for command in (
     train,
     analyse,
     export,
+    push,
     study,
     bench,
     report,

@@ -11,7 +11,10 @@ from smelt.errors import RecipeError
 
 
 def evaluate(
-    checkpoints: Annotated[list[str], typer.Argument(help="Checkpoint folders or hub ids.")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoint folders or hub ids; GGUF files after their source."),
+    ],
     original: Annotated[
         str | None,
         typer.Option("--original", help="Hold the others against this one: KL, layers, routing."),

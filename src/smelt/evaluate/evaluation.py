@@ -37,6 +37,19 @@ class Evaluation:
     paired: list[Paired] = field(default_factory=list)  # each less the first, where asked for
     spreads: list[Spread] = field(default_factory=list)  # over the last checkpoints, likewise
 
+    def joined(self, more: "Evaluation") -> "Evaluation":
+        """This one and another, of other measures or of other checkpoints."""
+        return Evaluation(
+            compared=self.compared + more.compared,
+            fidelity=self.fidelity + more.fidelity,
+            results=self.results + more.results,
+            tasks=self.tasks | more.tasks,
+            benchmarks=self.benchmarks | more.benchmarks,
+            answers=self.answers + more.answers,
+            paired=self.paired + more.paired,
+            spreads=self.spreads + more.spreads,
+        )
+
     def rows(self) -> list[dict[str, Any]]:
         """One row per checkpoint that was compared."""
         rows = []

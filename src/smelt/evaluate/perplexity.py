@@ -14,7 +14,7 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Walk
 from smelt.compress.calibrate import Progress
 from smelt.errors import CalibrationError, CheckpointError
-from smelt.evaluate.results import Result, Setting, record
+from smelt.evaluate.results import Measured, Result, Setting, record
 from smelt.evaluate.sequences import PerSequence, is_measured, per_sequence
 from smelt.evaluate.walks import Steps
 
@@ -52,7 +52,7 @@ class Perplexity:
             return None
         return self.nats * self.num_tokens / self.num_bytes / math.log(2)
 
-    def records(self, checkpoint: Checkpoint, setting: Setting) -> list[Result]:
+    def records(self, checkpoint: Measured, setting: Setting) -> list[Result]:
         """The measurement as named records; all errors are that of the nats, scaled."""
         error = self.standard_error
         scaled = {"nats per token": (self.nats, 1.0), "perplexity": (self.perplexity,) * 2}

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from smelt.checkpoint.source import Checkpoint
 from smelt.errors import SmeltError
 
 VERSION = 1
@@ -56,8 +55,19 @@ class Result:
     """Of a task: version of lm_eval, shots, SHA-256 of all that was asked. None: no harness."""
 
 
+class Measured(Protocol):
+    """What a record says of the thing measured: a checkpoint folder or a GGUF file."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def dtype(self) -> object: ...
+
+
 def record(
-    checkpoint: Checkpoint,
+    checkpoint: Measured,
     setting: Setting,
     *,
     task: str,

@@ -253,7 +253,8 @@ def _samoe_config(checkpoint: Checkpoint) -> SaMoEConfig:
     if not isinstance(checkpoint.config, SaMoEConfig):
         raise PlanError(
             f"{checkpoint.folder}: is of family {checkpoint.config.model_type}. `smelt export` "
-            "freezes SaMoE models (model_type samoe) into ordinary checkpoints."
+            "freezes SaMoE models (model_type samoe) into ordinary checkpoints; for a GGUF file, "
+            "name OUT.gguf."
         )
     return checkpoint.config
 

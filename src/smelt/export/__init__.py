@@ -1,0 +1,1 @@
+"""Stock checkpoints as GGUF files, and llama.cpp itself to quantise, run and prove them."""
