@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ def main() -> None:
     part = {"machine": machine(), "rows": record, "same": same, "answer": verdict.sentence}
     if options.decode:
         files = [GgufFile(path) for path in sorted(options.work.glob("*.gguf"))]
-        part["bench"] = decode(files, contexts=(0, 256))
-        steps = part["bench"]["decode"]
-        rows = [(s["checkpoint"], s["context"], s["ms"], s["ms_median"]) for s in steps]
+        steps = decode(files, contexts=(0, 256))[1]
+        part["decode"] = [asdict(step) for step in steps]
+        rows = [(s.checkpoint, s.context, s.ms, s.ms_median) for s in steps]
         show("Decode, llama.cpp, one sequence", ("file", "context", "ms", "median"), rows)
     save("quantised", {f"{name}, {options.method}": part})
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smelt.bench.decode import DecodeSettings
 from smelt.bench.file import Bench
@@ -15,7 +15,12 @@ from smelt.compress.pipeline import (
     silent,
 )
 from smelt.errors import RecipeError
+from smelt.export.engine import check_writer
+from smelt.export.engine import version as engine_version
 from smelt.recipe import check_recipe
+
+if TYPE_CHECKING:
+    from smelt.export.gguf_file import GgufFile
 
 
 def bench(  # noqa: PLR0913 - as many as the command has options
@@ -75,8 +80,39 @@ def bench(  # noqa: PLR0913 - as many as the command has options
         lengths=None if lengths is None else tuple(lengths),
         shared=shared,
     )
-    sources = [str(path) for path in paths]
-    return run_bench(sources, settings, trust_remote_code=trust_remote_code, stages=stages)
+    files = [Path(path) for path in paths if Path(path).suffix == ".gguf"]
+    sources = [str(path) for path in paths if Path(path).suffix != ".gguf"]
+    opened = _files_to_bench(files, settings)
+    found = run_bench(sources, settings, trust_remote_code=trust_remote_code, stages=stages)
+    if not opened:
+        return found
+    from smelt.bench.gguf_decode import measure as run_files
+
+    room = min(file.context_length for file in opened) // 2
+    costs, steps = run_files(
+        opened,
+        contexts=(0, min(512, room)) if contexts is None else tuple(contexts),
+        turns=turns,
+        threads=threads,
+        seed=seed,
+        progress=stages("llama.cpp"),
+    )
+    return found.beside(costs, steps, {"xllamacpp": engine_version()})
+
+
+def _files_to_bench(files: Sequence[Path], settings: BenchSettings) -> "list[GgufFile]":
+    """GGUF files, opened, once it is sure that what is asked can be measured of them."""
+    if not files:
+        return []
+    if "decode" not in settings.what or settings.shared.device.type != "cpu":
+        raise RecipeError(
+            f"{files[0].name}: of GGUF files decode steps alone are measured, on the CPU. Name "
+            "decode, or leave the file out."
+        )
+    check_writer()
+    from smelt.export.gguf_file import GgufFile
+
+    return [GgufFile(file) for file in files]
 
 
 def analyse(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,21 @@ class Bench:
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON holds it."""
         return {"version": VERSION, "kind": "bench", **asdict(self)}
+
+    def beside(
+        self,
+        costs: Sequence[CheckpointCost],
+        steps: Sequence[DecodeStep],
+        engine: Mapping[str, str],
+    ) -> "Bench":
+        """The run, and what another engine took: its name and version go to the machine's."""
+        about = {**self.machine, "versions": {**self.machine["versions"], **engine}}
+        return replace(
+            self,
+            machine=about,
+            checkpoints=[*self.checkpoints, *costs],
+            decode=[*self.decode, *steps],
+        )
 
     def points(self) -> list[dict[str, Any]]:
         """A roofline's points, one for each cell whose bytes and FLOPs are known."""

@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
 
 import numpy as np
 
-from smelt.bench.records import machine
+from smelt.bench.records import CheckpointCost, DecodeStep
 from smelt.errors import RecipeError
-from smelt.export.engine import Engine, version
+from smelt.export.engine import Engine
 from smelt.export.gguf_file import GgufFile
 
 Progress = Callable[[str, int, int], None]
@@ -25,15 +24,12 @@ def measure(
     threads: int = 1,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> tuple[list[CheckpointCost], list[DecodeStep]]:
     """One sequence at a time: what a step takes after so many tokens, in every file.
 
     All files are loaded together and take turns, so that what else the machine does falls on all
     alike. In a turn each makes a step that is not timed, then some that are, on other tokens every
     time; the context grows by these steps. Keys and values are in float32.
-
-    Returns:
-        A bench file (docs/formats.md): machine, checkpoints, decode. What was not measured is null.
 
     Raises:
         RecipeError: a context beyond a file's positions.
@@ -47,7 +43,8 @@ def measure(
                 f"{file.context_length} positions. Give a shorter context."
             )
     generator = np.random.default_rng(seed)
-    checkpoints, decode = [], []
+    checkpoints: list[CheckpointCost] = []
+    decode: list[DecodeStep] = []
     for context in contexts:
         with ExitStack() as stack:
             cells = []
@@ -63,13 +60,10 @@ def measure(
                     cell.turn(steps)
                 if progress:
                     progress(f"context {context}", turn + 1, turns)
-            decode += [cell.record(steps) for cell in cells]
+            decode += [cell.record(steps, threads) for cell in cells]
             if context == contexts[0]:
                 checkpoints = [cell.about() for cell in cells]
-    about = machine(threads)
-    about["versions"]["xllamacpp"] = version()
-    head = {"version": 2, "kind": "bench", "machine": about, "rates": None, "quiet": None}
-    return {**head, "checkpoints": checkpoints, "decode": decode, "prefill": []}
+    return checkpoints, decode
 
 
 class _Cell:
@@ -85,6 +79,7 @@ class _Cell:
     ) -> None:
         self.file, self.engine, self.context, self.loaded = file, engine, context, loaded
         self.generator, self.place, self.seconds = generator, context, list[float]()
+        self.processor = list[float]()
         if context:
             engine.logits(self._draw(context))
 
@@ -99,35 +94,37 @@ class _Cell:
     def turn(self, steps: int) -> None:
         """A step that is not timed, then those that are."""
         self._step()
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self._step()
         self.seconds.append((time.perf_counter() - begun) / steps)
+        self.processor.append((time.process_time() - used) / steps)
 
-    def record(self, steps: int) -> dict[str, Any]:
+    def record(self, steps: int, threads: int) -> DecodeStep:
         """What its turns took."""
-        return {
-            "checkpoint": self.file.path.name,
-            "fingerprint": self.file.fingerprint,
-            "batch": 1,
-            "context": self.context,
-            "dtype": self.file.dtype,
-            "device": "cpu",
-            "turns": len(self.seconds),
-            "steps": steps,
-            "ms": 1e3 * min(self.seconds),
-            "ms_median": 1e3 * median(self.seconds),
-        }
+        return DecodeStep(
+            checkpoint=self.file.path.name,
+            fingerprint=self.file.fingerprint,
+            batch=1,
+            context=self.context,
+            dtype=self.file.dtype,
+            device="cpu",
+            threads=threads,
+            turns=len(self.seconds),
+            steps=steps,
+            ms=1e3 * min(self.seconds),
+            ms_median=1e3 * median(self.seconds),
+            ms_turns=tuple(1e3 * one for one in self.seconds),
+            processor_ms=1e3 * min(self.processor),
+        )
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> CheckpointCost:
         """The file itself."""
-        return {
-            "checkpoint": self.file.path.name,
-            "fingerprint": self.file.fingerprint,
-            "folder_bytes": self.file.num_bytes,
-            "parameters": self.file.num_params,
-            "active_parameters": None,
-            "flops_per_token": None,
-            "load_seconds": self.loaded,
-            "peak_memory_bytes": None,
-        }
+        return CheckpointCost(
+            checkpoint=self.file.path.name,
+            fingerprint=self.file.fingerprint,
+            folder_bytes=self.file.num_bytes,
+            dtype=self.file.dtype,
+            parameters=self.file.num_params,
+            load_seconds=self.loaded,
+        )

@@ -60,8 +60,9 @@ def check_room(
     """
     sizes = [weight_bytes(one, dtype) for one in checkpoints]
     # on its way in, a checkpoint is there twice: the largest of them, for a moment
-    own = sum(sizes) + far_bytes(device) if is_timed else max(sizes)
-    needed = own + (max(sizes) if device.type == "cpu" else 0)
+    largest = max(sizes, default=0)
+    own = sum(sizes) + far_bytes(device) if is_timed else largest
+    needed = own + (largest if device.type == "cpu" else 0)
     free = free_bytes(device)
     if needed <= free:
         return

@@ -58,7 +58,7 @@ def measure(
     """
     checkpoints = [Checkpoint.open(s, trust_remote_code=trust_remote_code) for s in sources]
     steps, texts = _sizes(checkpoints, settings)
-    is_timed = bool({"decode", "prefill"} & set(settings.what))
+    is_timed = bool(checkpoints and {"decode", "prefill"} & set(settings.what))
     for checkpoint in checkpoints:
         checkpoint.check()
     check_room(checkpoints, steps.dtype, steps.device, is_timed=is_timed)
@@ -250,7 +250,7 @@ def _described(
 def shortest_names(sources: Sequence[str]) -> list[str]:
     """The shortest ends of the paths that differ: b, or a/seed-0 where there is c/seed-0 too."""
     parts = [Path(source).expanduser().resolve().parts for source in sources]
-    for length in range(1, max(map(len, parts))):
+    for length in range(1, max(map(len, parts), default=0)):
         names = ["/".join(path[-length:]) for path in parts]
         if len(set(names)) == len(names):
             return names
