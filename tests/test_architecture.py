@@ -40,7 +40,7 @@ ORDER = (
     ("api",),
     ("cli",),
 )
-"""Imports point from right to left. A new package gets its place here and in the README."""
+"""Imports point from right to left. A new package gets its place here and in CONTRIBUTING.md."""
 
 PURE = (
     "smelt.experts",
@@ -142,7 +142,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 def test_every_module_has_a_place_in_the_order():
     unplaced = sorted({str(part(name)) for name in inner_modules()} - RANK.keys())
-    assert not unplaced, f"not in ORDER: {unplaced}. Give each its place here and in the README."
+    assert not unplaced, f"not in ORDER: {unplaced}. Give each its place here and in CONTRIBUTING.md."
 
 
 @pytest.mark.parametrize("name", inner_modules())
@@ -240,7 +240,7 @@ def test_no_file_names_a_folder_of_one_machine():
     assert not wrong, wrong
 
 
-# --- the README's tree ---------------------------------------------------------------------------
+# --- the tree in CONTRIBUTING.md -----------------------------------------------------------------
 
 
 @cache
@@ -248,12 +248,17 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@cache
+def drawn_tree() -> str:
+    return tree_block((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+
+
 def tree_block(text: str) -> str:
     """The fenced block under the heading "The tree"."""
     section = re.search(r"^#+ The tree\s*$(.*?)(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL)
-    assert section, 'README.md has no heading "The tree"'
+    assert section, 'CONTRIBUTING.md has no heading "The tree"'
     block = re.search(r"^```\w*\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
-    assert block, 'README.md: no fenced block under "The tree"'
+    assert block, 'CONTRIBUTING.md: no fenced block under "The tree"'
     return block[1]
 
 
@@ -304,17 +309,17 @@ def test_the_tree_parser_reads_what_it_documents():
     ]
 
 
-def test_all_that_the_readme_lists_exists():
+def test_all_that_the_tree_lists_exists():
     missing = []
-    for path in tree_paths(tree_block(readme())):
+    for path in tree_paths(drawn_tree()):
         found = [hit for hit in ROOT.glob(path.rstrip("/")) if hit.is_dir() == path.endswith("/")]
         if not found:
             missing.append(path)
-    assert not missing, f"listed in the README's tree, and not there: {missing}"
+    assert not missing, f"listed in the tree, and not there: {missing}"
 
 
-def test_all_that_exists_is_in_the_readme():
-    paths = [Path(path) for path in tree_paths(tree_block(readme()))]
+def test_all_that_exists_is_in_the_tree():
+    paths = [Path(path) for path in tree_paths(drawn_tree())]
     # A folder is listed by a line of its own or as part of a longer path.
     listed = {place.as_posix() for path in paths for place in (path, *path.parents)}
     due = set()
@@ -327,7 +332,7 @@ def test_all_that_exists_is_in_the_readme():
         if path.parts[:2] == ("src", "smelt") and path.suffix == ".py":
             due.add(path.as_posix())
     due = {path for path in due if not path.endswith("/__init__.py")}  # implied by its folder
-    assert not due - listed, f"not in the README's tree: {sorted(due - listed)}"
+    assert not due - listed, f"not in the tree of CONTRIBUTING.md: {sorted(due - listed)}"
 
 
 # --- recipes -------------------------------------------------------------------------------------
