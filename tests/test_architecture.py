@@ -142,7 +142,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 def test_every_module_has_a_place_in_the_order():
     unplaced = sorted({str(part(name)) for name in inner_modules()} - RANK.keys())
-    assert not unplaced, f"not in ORDER: {unplaced}. Give each its place here and in CONTRIBUTING.md."
+    assert not unplaced, f"not in ORDER: {unplaced}. Place each here and in CONTRIBUTING.md."
 
 
 @pytest.mark.parametrize("name", inner_modules())

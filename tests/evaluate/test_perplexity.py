@@ -1,6 +1,7 @@
 """Laws of perplexity: it is the model's own loss, on the predicted tokens and on no others."""
 
 import math
+from statistics import stdev
 
 import pytest
 import torch
@@ -154,6 +155,12 @@ def test_the_same_checkpoint_twice_differs_by_nothing(tmp_path):
     assert found[1].difference.standard_error == 0
     paired = found[2].perplexity.nats - found[0].perplexity.nats
     assert found[2].difference.mean == pytest.approx(paired)
+    setting = Setting(("random",), blocks.sha256, seed=0)
+    kept = [one.perplexity.records(first, setting)[0] for one in (found[0], found[2])]
+    assert [sum(one.by_sequence) for one in kept] == pytest.approx([one.value for one in kept])
+    pairs = [b - a for a, b in zip(*(one.by_sequence for one in kept), strict=True)]
+    error = len(pairs) ** 0.5 * stdev(pairs)
+    assert error == pytest.approx(found[2].difference.standard_error, rel=1e-6)
     table = markdown([one.row() for one in found])
     assert len(table.splitlines()) == 5
     assert len({len(line) for line in table.splitlines()}) == 1

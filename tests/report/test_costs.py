@@ -1,5 +1,7 @@
 """The front, and what beats what is not on it."""
 
+from statistics import stdev
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +65,15 @@ def test_a_roof_is_that_of_the_most_rows_that_were_tried_and_are_no_more() -> No
     peaks = {1: 10.0, 8: 50.0, 64: 90.0}
     assert [peak_of(peaks, n) for n in (1, 7, 8, 512)] == [10.0, 10.0, 50.0, 90.0]
     assert peak_of({8: 50.0}, 1) == 50.0
+
+
+def test_a_difference_on_the_same_sequences_is_better_known_than_on_others() -> None:
+    texts = [1.0, 3.0, 2.0, 6.0]
+    one = Point("a", 1.0, 12.0, 4.3, tuple(texts))
+    more = [0.1, 0.0, 0.2, 0.1]
+    other = Point("b", 1.0, 12.4, 4.3, tuple(map(sum, zip(texts, more, strict=True))))
+    spread = pytest.approx(4**0.5 * stdev(more))
+    assert one.error_of_difference(other) == other.error_of_difference(one) == spread
+    alone = Point("c", 1.0, 12.4, 4.3)
+    assert one.error_of_difference(alone) == pytest.approx(4.3 * 2**0.5)
+    assert one.error_of_difference(Point("d", 1.0, 12.0, None)) is None

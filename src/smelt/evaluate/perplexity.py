@@ -67,9 +67,17 @@ class Perplexity:
                 value=value,
                 n=self.num_tokens,
                 standard_error=None if error is None else error * scale,
+                by_sequence=None if metric == "perplexity" else self._shares(value),
             )
             for metric, (value, scale) in scaled.items()
         ]
+
+    def _shares(self, value: float) -> tuple[float, ...] | None:
+        """What each sequence adds to a value that is in proportion to the nats."""
+        total = self.sequences.total
+        if not math.isfinite(value) or not self.nats:
+            return None
+        return tuple(float(f"{one:.9g}") for one in (total / total.sum() * value).tolist())
 
 
 def measure(

@@ -53,6 +53,8 @@ class Result:
     unit: str | None = None  # what `n` counts, where it is said
     harness: Mapping[str, Any] | None = None
     """Of a task: version of lm_eval, shots, SHA-256 of all that was asked. None: no harness."""
+    by_sequence: tuple[float, ...] | None = None
+    """Of a loss on text: what each sequence adds to the value. Two of the same text are pairs."""
 
 
 class Measured(Protocol):
@@ -76,6 +78,7 @@ def record(
     n: int,
     standard_error: float | None = None,
     chance: float | None = None,
+    by_sequence: tuple[float, ...] | None = None,
 ) -> Result:
     """The record of a number measured now on a checkpoint."""
     plan = checkpoint.folder / "smelt" / "plan.json"
@@ -97,6 +100,7 @@ def record(
         versions={name: version(name) for name in ("smelt", "torch", "transformers")},
         commit=_commit(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
+        by_sequence=by_sequence,
     )
 
 
@@ -182,6 +186,7 @@ def load(path: str | Path) -> list[Result]:
                     | {
                         "value": math.inf if entry["value"] is None else entry["value"],
                         "text": tuple(entry["text"]),
+                        "by_sequence": _tuple(entry.get("by_sequence")),
                     }
                 )
             )
@@ -231,6 +236,10 @@ _TITLES = {
     "shots": "solved examples",
     "task_version": "the version of the task",
 }
+
+
+def _tuple(values: list[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(values)
 
 
 def _checked(result: Result) -> Result:

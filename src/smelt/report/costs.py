@@ -1,7 +1,9 @@
 """What checkpoints cost beside how good they are, and which of them nothing beats."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 
 from smelt.errors import RecipeError
 from smelt.report.bench import Bench, Cost, Step
@@ -25,6 +27,20 @@ class Point:
     cost: float
     value: float
     error: float | None  # standard error of the value
+    parts: tuple[float, ...] = ()  # what each sequence of a text adds to the value
+
+    def error_of_difference(self, other: "Point") -> float | None:
+        """Standard error of the difference of two values: by pairs of sequences, where both say.
+
+        Otherwise as of independent samples, which is too large where both saw the same items.
+        """
+        n = len(self.parts)
+        if n > 1 and n == len(other.parts):
+            pairs = [a - b for a, b in zip(self.parts, other.parts, strict=True)]
+            return math.sqrt(n) * stdev(pairs)
+        if self.error is None or other.error is None:
+            return None
+        return math.hypot(self.error, other.error)
 
 
 @dataclass(frozen=True)
@@ -119,7 +135,7 @@ def _ground(bench: Bench) -> tuple[str, ...]:
 def points(quality: Quality, costs: Mapping[str, float]) -> list[Point]:
     """The checkpoints whose quality and cost are both known, the cheapest first."""
     both = [f for f in quality.values if f in costs]
-    found = [Point(f, costs[f], *quality.values[f]) for f in both]
+    found = [Point(f, costs[f], *quality.values[f], quality.parts.get(f, ())) for f in both]
     return sorted(found, key=lambda one: one.cost)
 
 

@@ -1,6 +1,5 @@
 """Figures against cost: quality with its front, decode times, the roofline."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,7 +105,7 @@ def _finding(
         if other is None:
             continue
         mine, theirs = subjects[one.fingerprint].label, subjects[other.fingerprint].label
-        error = _error_of_difference(one, other)
+        error = one.error_of_difference(other)
         difference = abs(one.value - other.value)
         words.append(
             f"{mine} is beaten by {theirs}, which costs {cost_words(key, other.cost)} against "
@@ -115,13 +114,6 @@ def _finding(
         )
     known = any(one.error is not None for one in found)
     return " ".join(words) + (" Bars are one standard error." if known else "")
-
-
-def _error_of_difference(one: Point, other: Point) -> float | None:
-    """As of independent samples, which is too large where both answered the same items."""
-    if one.error is None or other.error is None:
-        return None
-    return math.hypot(one.error, other.error)
 
 
 def _is_chance(difference: float, error: float | None) -> bool:

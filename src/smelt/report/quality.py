@@ -135,6 +135,8 @@ class Quality:
     is_lower_better: bool
     values: Mapping[str, tuple[float, float | None]]  # by fingerprint: value, standard error
     note: str = ""
+    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By fingerprint: what each sequence adds to the value, where that is known."""
 
 
 def qualities(found: Sequence[Measure]) -> list[Quality]:
@@ -145,7 +147,8 @@ def qualities(found: Sequence[Measure]) -> list[Quality]:
         for one in losses[:1]:
             values = {f: (r.value, r.standard_error) for f, r in one.results.items()}
             texts = ", ".join(short(text) for text in one.text)
-            chosen.append(Quality(metric, True, _finite(values), f"on {texts}"))
+            parts = {f: r.by_sequence for f, r in one.results.items() if r.by_sequence}
+            chosen.append(Quality(metric, True, _finite(values), f"on {texts}", parts))
         if chosen:
             break
     tasks = [one for one in found if one.metric == "acc" and ":" not in one.task]
