@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
             also = ["--sequential"] if target == "sequential" else []
             how = [*text, *of_text, *FITS, *also, f"--set=reconstruct.target={target}"]
             run("compress", source, at / target, *how)
-        run("compress", source, at / "plain", *text, *of_text, "--keep=0.5")
+        run("compress", source, at / "plain", *text, *of_text, "--keep=0.5", "--no-reconstruct")
     return folder
 
 
