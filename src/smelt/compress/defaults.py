@@ -6,9 +6,8 @@ The plain pipeline does what a recipe says and no more; here is what is filled i
 import warnings
 from pathlib import Path
 
-from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import RoutingStats
-from smelt.compress.pipeline import Stages, read_inputs, run_compress, silent
+from smelt.compress.pipeline import Stages, run_compress, silent
 from smelt.compress.reconstructor import CannotFitError
 from smelt.errors import CalibrationError
 from smelt.recipe import CalibrationRecipe, CompressRecipe, ReconstructRecipe, check_recipe
@@ -26,21 +25,21 @@ def compress_with_defaults(
 ) -> Path:
     """`run_compress` of the recipe with what it leaves open filled in; returns the new folder.
 
-    A family whose layers cannot be fitted is compressed without, and a warning says so, unless the
-    recipe asks for the fit itself.
+    A family whose layers cannot be fitted, or statistics whose text is not there any more, are
+    compressed without, and a warning says so, unless the recipe asks for the fit itself.
     """
     filled = fill(recipe, stats)
-    is_asked_for = "reconstruct" in recipe.model_fields_set
-    if stats is not None and filled.reconstruct is not None and not is_asked_for:
-        filled = _with_text(filled)
     try:
         return run_compress(filled, stats=stats, verify=verify, stages=stages)
-    except CannotFitError as error:
-        if is_asked_for:
+    except (CannotFitError, CalibrationError) as error:
+        is_default = filled.reconstruct is not None and "reconstruct" not in recipe.model_fields_set
+        if not is_default or (stats is None and isinstance(error, CalibrationError)):
             raise
-        warnings.warn(f"{error} It is left out: the layers are not repaired.", stacklevel=2)
+        reason = error
     plain = filled.model_copy(update={"reconstruct": None})
-    return run_compress(plain, stats=stats, verify=False, stages=stages)
+    folder = run_compress(plain, stats=stats, verify=False, stages=stages)
+    warnings.warn(f"The layers are not repaired: {reason}", stacklevel=2)
+    return folder
 
 
 def fill(recipe: CompressRecipe, stats: RoutingStats | None) -> CompressRecipe:
@@ -60,20 +59,3 @@ def fill(recipe: CompressRecipe, stats: RoutingStats | None) -> CompressRecipe:
     elif stats is None and fit is not None and "num_tokens" not in told:
         calibration = calibration.model_copy(update={"num_tokens": TOKENS})
     return recipe.model_copy(update={"reconstruct": fit, "calibration": calibration})
-
-
-def _with_text(recipe: CompressRecipe) -> CompressRecipe:
-    """The recipe; without its fit where the text that it would walk again is not there any more."""
-    try:
-        read_inputs(
-            Checkpoint.open(recipe.source, trust_remote_code=recipe.trust_remote_code),
-            recipe.calibration,
-        )
-    except CalibrationError as error:
-        warnings.warn(
-            f"The text of the statistics cannot be walked again ({error}) The layers are not "
-            "repaired. Name the text (--text) to have them repaired.",
-            stacklevel=3,
-        )
-        return recipe.model_copy(update={"reconstruct": None})
-    return recipe
