@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from smelt.errors import RecipeError
 from smelt.report.bench import Bench
 from smelt.report.costs import Point, beaten_by, check_machines, front
-from smelt.report.draw_costs import peak_of
+from smelt.report.draw_speed import peak_of
 
 _VALUES = st.tuples(st.integers(0, 6), st.integers(0, 6))
 

@@ -1,6 +1,6 @@
 """What checkpoints are called on the page, by their fingerprints, and whose they are."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,10 @@ class Subject:
         if self.role == "original" and self.name != "original":
             return f"{self.name} (original)"
         return self.name + (" *" if self.role == "other" else "")
+
+
+Subjects = Mapping[str, Subject]
+"""By fingerprint."""
 
 
 def subjects(material: Material) -> dict[str, Subject]:

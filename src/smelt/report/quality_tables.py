@@ -1,14 +1,12 @@
 """Tables of quality: for the page, and as Markdown for a paper."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from smelt.report.blocks import Table, with_error
 from smelt.report.costs import COSTS, Costs
 from smelt.report.draw_costs import cost_words
-from smelt.report.names import Subject
+from smelt.report.names import Subjects
 from smelt.report.quality import Measure, short
-
-Subjects = Mapping[str, Subject]
 
 
 def tables(found: Sequence[Measure], subjects: Subjects) -> list[Table]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from smelt.report import draw_analysis, draw_costs, draw_plans
+from smelt.report import draw_analysis, draw_costs, draw_plans, draw_ranks, draw_speed
 from smelt.report.blocks import Block, Figure, Section, Table, Text, plural
 from smelt.report.costs import COSTS, Costs, read_costs
 from smelt.report.headline import headline, row_of
@@ -90,7 +90,7 @@ def _errors(facts: Facts) -> Figure | None:
 
 
 def _ranks(facts: Facts) -> Section:
-    figures = draw_plans.ranks([one.value for one in facts.material.ranks])
+    figures = draw_ranks.ranks([one.value for one in facts.material.ranks])
     words = (
         "The stable rank of a matrix is ‖W‖² (Frobenius) over ‖W‖² (spectral): 1 where it has one "
         "direction, the shorter of its sides where all directions are equally strong."
@@ -129,8 +129,8 @@ def _pareto(facts: Facts) -> Section:
 def _speed(facts: Facts) -> Section:
     benches = facts.material.benches
     figures = [
-        draw_costs.decode(benches, facts.subjects),
-        draw_costs.roofline(benches, facts.subjects),
+        draw_speed.decode(benches, facts.subjects),
+        draw_speed.roofline(benches, facts.subjects),
     ]
     blocks: list[Block] = [f for f in figures if f]
     if blocks:
@@ -140,7 +140,7 @@ def _speed(facts: Facts) -> Section:
             blocks.insert(0, Text(words))
         remarks = dict.fromkeys(remark for bench in benches for remark in bench.remarks)
         blocks += [Text(f"Warning: {remark}", is_small=True) for remark in remarks]
-        blocks += [table for table in [draw_costs.weights(benches, facts.subjects)] if table]
+        blocks += [table for table in [draw_speed.weights(benches, facts.subjects)] if table]
     return Section("speed", "Speed on this machine", tuple(blocks))
 
 
