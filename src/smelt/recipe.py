@@ -241,7 +241,7 @@ class ReconstructRecipe(Settings):
     held_out: float = Field(default=0.1, gt=0, lt=1)
     closed_form: bool = False  # before the steps; alone with steps: 0
     ridge: float = Field(default=1e-2, gt=0)  # of the closed form, by the Grams' mean diagonal
-    steps: int = Field(default=600, ge=0)
+    steps: int = Field(default=400, ge=0)
     seconds: float | None = Field(default=None, gt=0)  # of gradient steps, per layer at most
     batch_tokens: int = Field(default=1024, ge=1)
     rate: float = Field(default=0.03, gt=0)  # Adam's step, as a share of a parameter's size
