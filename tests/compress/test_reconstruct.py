@@ -8,7 +8,8 @@ import torch
 
 from reference.reconstruction import best_down_by_gradient, relative_error
 from smelt.compress.closed_form import solve_down
-from smelt.compress.reconstruct import LayerSample, fit
+from smelt.compress.reconstruct import fit
+from smelt.compress.sample import LayerSample, alone
 from smelt.experts import ExpertBank, mixture
 from smelt.recipe import ReconstructRecipe
 
@@ -141,6 +142,56 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(problem):
     first, again, other = (linear(start, x, target, seed=s)[0] for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.1])
+def test_steps_within_the_backward_pass_are_those_after_it(generator, anchor):
+    bank = a_bank(generator, biased=True)
+    x = torch.randn(N, D, generator=generator)
+    target = torch.randn(N, D, generator=generator)
+    choice, gate = routing(generator)
+
+    def fitted(reduce):
+        layer = Layer(bank, x, choice, gate)
+        unused = {"unused": torch.ones(D).requires_grad_()}  # no gradient reaches it
+        found = fit(
+            layer.run,
+            layer.parameters | unused,
+            a_sample(x, target),
+            QUICK.model_copy(update={"steps": 5, "anchor": anchor}),
+            start=layer.start | {"unused": torch.ones(D)},
+            reduce=reduce,
+        )
+        return layer.parameters | unused, found
+
+    within, found = fitted(alone)
+    after, again = fitted(lambda tensors: None)  # sums, so gradients have to be waited for
+    assert found == again
+    assert found.best_step
+    assert all(torch.equal(within[name], after[name]) for name in within)
+
+
+@pytest.mark.parametrize("num_layers", [2, 4])
+def test_gradients_do_not_lie_side_by_side(num_layers, generator):
+    x = torch.randn(N, D, generator=generator)
+    weights = {f"w{i}": torch.eye(D).requires_grad_() for i in range(num_layers)}
+    alive = []
+
+    def run(rows):
+        for weight in weights.values():
+            rows = rows @ weight.T
+        if rows.requires_grad:
+            for weight in weights.values():
+                weight.register_post_accumulate_grad_hook(
+                    lambda _: alive.append(sum(w.grad is not None for w in weights.values()))
+                )
+        return rows
+
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    recipe = QUICK.model_copy(update={"steps": 1})
+    fit(run, weights, a_sample(x, x.flip(1)), recipe, start=start)
+    assert len(alive) >= num_layers
+    assert max(alive) <= 1
 
 
 def test_an_anchor_keeps_a_fit_near_its_start(problem):

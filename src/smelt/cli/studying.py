@@ -132,9 +132,11 @@ def _run(
 def _list(screen: Screen, read: "StudyRecipe", only: str | None) -> None:
     from smelt.evaluate.results import markdown
     from smelt.study.listing import listing
-    from smelt.study.runner import check_part
+    from smelt.study.runner import check_part, check_settings
+    from smelt.study.store import Store
 
     check_part(read, only)
+    check_settings(read, Store(read.output))
     rows = listing(read, only)
     tokens = sum(row["tokens"] for row in rows)
     left = sum(row["tokens"] for row in rows if row["state"] != "done")

@@ -7,8 +7,8 @@ from smelt.checkpoint.bind import MoeLayer
 from smelt.compress.decide import candidate
 from smelt.compress.layer import Changed, Compressor
 from smelt.compress.plan import LayerPlan
-from smelt.compress.reconstruct import LayerSample
 from smelt.compress.reconstructor import Reconstructor
+from smelt.compress.sample import LayerSample
 from smelt.compress.similarity import Evidence
 from smelt.errors import PlanError
 from smelt.recipe import CompressRecipe

@@ -17,7 +17,7 @@ from smelt.checkpoint.bind import MoeLayer
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.observe import lift_capacity
 from smelt.checkpoint.walk import Stage
-from smelt.compress.reconstruct import LayerSample
+from smelt.compress.sample import LayerSample
 
 _RUN = 32
 """Neighbouring tokens that are held out together, where there are few sequences."""

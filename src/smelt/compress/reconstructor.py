@@ -12,8 +12,9 @@ from smelt.compress.capture import held_out_runs
 from smelt.compress.facts import Facts
 from smelt.compress.layer import Changed
 from smelt.compress.plan import LayerFit, LayerPlan, Plan
-from smelt.compress.reconstruct import Fit, LayerSample, Reduce, alone, fit
+from smelt.compress.reconstruct import Fit, fit
 from smelt.compress.replacement import Originals, Replacement, Replacements, run_alone
+from smelt.compress.sample import LayerSample, Reduce, alone
 from smelt.errors import PlanError
 from smelt.recipe import ReconstructRecipe
 from smelt.routing import LayerStats

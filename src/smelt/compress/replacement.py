@@ -19,7 +19,7 @@ from smelt.compress.closed_form import solve_down
 from smelt.compress.facts import Facts
 from smelt.compress.form import skeleton_of
 from smelt.compress.plan import Plan
-from smelt.compress.reconstruct import LayerSample, Reduce
+from smelt.compress.sample import LayerSample, Reduce
 from smelt.recipe import ReconstructRecipe
 
 _CHUNK = 4096

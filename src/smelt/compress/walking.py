@@ -37,8 +37,8 @@ from smelt.compress.facts import Facts, bank_reader, router_reader
 from smelt.compress.form import skeleton_of
 from smelt.compress.layer import Changed, Compressor
 from smelt.compress.plan import LayerPlan, Plan, is_changed
-from smelt.compress.reconstruct import LayerSample
 from smelt.compress.reconstructor import Reconstructor, check_alone, check_runs_alone
+from smelt.compress.sample import LayerSample, alone
 from smelt.compress.similarity import Evidence
 from smelt.errors import PlanError
 from smelt.recipe import ReconstructRecipe
@@ -142,7 +142,7 @@ class _Walking:
                 self.plan,
                 self.recipe,
                 device=self.walk.device,
-                reduce=processes.add_up,
+                reduce=alone if processes.num_processes() == 1 else processes.add_up,
             )
             if self.plan.recipe.method == "auto":
                 self.chooser = Chooser(compressor, self.reconstructor, self._known)
