@@ -125,6 +125,13 @@ class Capture:
         flat = value.reshape(-1, value.shape[-1])
         return flat[rows.to(flat.device)].to(self.dtype or flat.dtype)
 
+    def outputs(self, stage: Stage, layer: MoeLayer, indices: range) -> Tensor:
+        """The output on these batches of the block that the layer is in, of the chosen tokens."""
+        parts = [
+            self.picked(stage, layer, first_tensor(output)) for _, output in stage.outputs(indices)
+        ]
+        return torch.cat(parts)
+
     def sample(self, layer: MoeLayer, caught: Sequence[tuple[Tensor, Tensor]]) -> LayerSample:
         """What was kept of a layer, as one sample."""
         x, target = (torch.cat(parts) for parts in zip(*caught, strict=True))

@@ -1,7 +1,7 @@
 """Tokens of one layer that it is fitted to, and how sums over processes are taken."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -44,3 +44,8 @@ class LayerSample:
         square = norm.square()
         inverse: Tensor = torch.where(square > 0, 1 / square, 0.0)
         return inverse
+
+    def corrected(self, here: Float[Tensor, "N D"], wanted: Float[Tensor, "N D"]) -> "LayerSample":
+        """The sample whose target takes the block's output from `here` to `wanted`."""
+        target = self.target.float() + wanted.float() - here.float()
+        return replace(self, target=target.to(self.target.dtype))

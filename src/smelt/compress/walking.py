@@ -8,20 +8,16 @@ killed run walks again and does only what is missing: the same bytes.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from smelt import processes
 from smelt.checkpoint.bind import MoeLayer
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.observe import lift_capacity
-from smelt.checkpoint.place import move_buffers, put, take_out
 from smelt.checkpoint.sink import Sink
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.walk import Stage, Walk
@@ -29,17 +25,17 @@ from smelt.compress.align import Aligner
 from smelt.compress.apply import check_plan, decided, finish, run_key, stage_names, stage_tensors
 from smelt.compress.auto import Chooser
 from smelt.compress.calibrate import Collector, Progress, RoutingStats, last_block
-from smelt.compress.capture import Capture, adds_up, first_tensor
+from smelt.compress.capture import Capture, adds_up
 from smelt.compress.decide import layer_seed, regroup
 from smelt.compress.done import Done
 from smelt.compress.factoring import is_decided
 from smelt.compress.facts import Facts, bank_reader, router_reader
-from smelt.compress.form import skeleton_of
 from smelt.compress.layer import Changed, Compressor
 from smelt.compress.plan import LayerPlan, Plan, is_changed
 from smelt.compress.reconstructor import Reconstructor, check_alone, check_runs_alone
 from smelt.compress.sample import LayerSample, alone
 from smelt.compress.similarity import Evidence
+from smelt.compress.twin import Twin
 from smelt.errors import PlanError
 from smelt.recipe import ReconstructRecipe
 from smelt.routing import LayerStats
@@ -121,9 +117,7 @@ class _Walking:
         self.stream = range(len(self.original), len(self.original) + count)
         inputs = [b.inputs for b in own] * (2 if self.original else 1)
         self.walk = Walk(self.checkpoint, inputs, device=device)
-        self.twin: PreTrainedModel = skeleton_of(
-            self.checkpoint, self.facts, self.plan, self.checkpoint.dtype
-        )
+        self.twin = Twin(self.checkpoint, self.facts, self.plan)
         self.done = Done(sink, self.stages, keeps_tensors=self.is_compressed_stream)
         self.written: set[str] = set()
         self.layers: dict[str, LayerPlan] = {layer.name: layer for layer in self.plan.layers}
@@ -177,10 +171,10 @@ class _Walking:
         with contextlib.ExitStack() as stack:
             for layer in self._here(stage):  # no token is dropped, as in calibration
                 stack.callback(lift_capacity(stage.walk.model, layer))
-                stack.callback(lift_capacity(self.twin, layer))
+                stack.callback(lift_capacity(self.twin.model, layer))
             changed = self._recalled(stage) or self._decided_and_fitted(stage)
             self._write(stage.name, changed)
-            stack.enter_context(self._running_as(stage, changed))
+            stack.enter_context(self.twin.running(stage, changed, self.stream))
             yield
 
     def _decided_and_fitted(self, stage: Stage) -> list[Changed]:
@@ -191,7 +185,7 @@ class _Walking:
                 stack.enter_context(self.collector.watching(stage))
             caught = stack.enter_context(self.capture.watching(stage, layers)) if layers else {}
             if layers and self.original:
-                here = self._outputs(stage, layers[-1], self.stream)
+                here = self.capture.outputs(stage, layers[-1], self.stream)
             else:
                 stage.replay(self.stream)
         if self.collector is not None:
@@ -208,8 +202,8 @@ class _Walking:
         if self.original:
             last = layers[-1]
             if adds_up(stage, last, self.stream[0]):
-                wanted = self._outputs(stage, last, self.original)
-                samples[last.name] = _corrected(samples[last.name], here, wanted)
+                wanted = self.capture.outputs(stage, last, self.original)
+                samples[last.name] = samples[last.name].corrected(here, wanted)
             elif self.recipe is not None and self.recipe.target is not None:
                 raise PlanError(
                     f"reconstruct.target = corrected: block {stage.name} does not add its experts' "
@@ -242,14 +236,6 @@ class _Walking:
         yield
         if not is_over:
             self.walk.load(names)
-
-    def _outputs(self, stage: Stage, layer: MoeLayer, indices: range) -> Tensor:
-        """The block's own output on a stream, of the chosen tokens."""
-        parts = [
-            self.capture.picked(stage, layer, first_tensor(output))
-            for _, output in stage.outputs(indices)
-        ]
-        return torch.cat(parts)
 
     def _here(self, stage: Stage) -> list[MoeLayer]:
         return self.facts.anatomy.layers_of(stage.name)
@@ -321,28 +307,6 @@ class _Walking:
         if self.progress:
             self.progress(name or "the rest", len(self.written), count)
 
-    @contextlib.contextmanager
-    def _running_as(self, stage: Stage, changed: list[Changed]) -> Iterator[None]:
-        """Within: the compressed stream's batches run with the compressed layers."""
-        new = {name: tensor for c in changed for name, tensor in c.tensors.items()}
-        block = self.twin.get_submodule(stage.name)
-        meta = {f"{stage.name}.{name}": param for name, param in block.named_parameters()}
-        own = stage.module.state_dict()
-        for name in block.state_dict():
-            path = f"{stage.name}.{name}"
-            put(self.twin, path, new[path] if path in new else own[name], stage.walk.device)
-        move_buffers(block, stage.walk.device)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            run = block.forward if stage.walk.current in self.stream else stage.own
-            return run(*args, **kwargs)
-
-        try:
-            with stage.runs_as(forward):
-                yield
-        finally:
-            take_out(self.twin, meta)
-
 
 def _collector(
     plan: Plan, stats: RoutingStats, facts: Facts, batches: Sequence[Batch]
@@ -361,12 +325,6 @@ def _capture(recipe: ReconstructRecipe, facts: Facts, batches: Sequence[Batch]) 
         held_out=recipe.held_out,
         dtype=_DTYPES[recipe.states],
     )
-
-
-def _corrected(sample: LayerSample, here: Tensor, wanted: Tensor) -> LayerSample:
-    """The sample whose target takes the block's output to what the original's was."""
-    target = sample.target.float() + wanted.float() - here.float()
-    return replace(sample, target=target.to(sample.target.dtype))
 
 
 def _evidence(
