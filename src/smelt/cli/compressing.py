@@ -10,8 +10,12 @@ from smelt.cli.compressed import report_made
 from smelt.cli.screen import Screen, keeping
 from smelt.errors import RecipeError
 
-Experts = Annotated[int | None, typer.Option("--experts", help="Experts kept per layer.")]
-Keep = Annotated[float | None, typer.Option("--keep", help="Or the share of them: 0.5.")]
+Experts = Annotated[
+    int | None, typer.Option("--experts", help="Experts kept per layer.", **options.COUNT)
+]
+Keep = Annotated[
+    float | None, typer.Option("--keep", help="Or the share of them: 0.5.", **options.SHARE)
+]
 Size = Annotated[
     float | None,
     typer.Option(
@@ -202,10 +206,12 @@ def plan(
         typer.Option("--output", "-o", help="Save the plan; several plans: a folder of them."),
     ] = None,
     experts: Annotated[
-        list[int] | None, typer.Option("--experts", help="Experts kept per layer. Repeat.")
+        list[int] | None,
+        typer.Option("--experts", help="Experts kept per layer. Repeat.", **options.COUNTS),
     ] = None,
     keep: Annotated[
-        list[float] | None, typer.Option("--keep", help="Or the share of them. Repeat.")
+        list[float] | None,
+        typer.Option("--keep", help="Or the share of them. Repeat.", **options.SHARES),
     ] = None,
     size: Annotated[
         list[float] | None, typer.Option("--size", help="Or the share of their bytes. Repeat.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from smelt.errors import RecipeError
 from smelt.recipe import (
     CalibrationRecipe,
     CompressRecipe,
@@ -54,6 +55,29 @@ Workers = Annotated[
     int | None, typer.Option("--workers", help="Alignment solves at a time [one per core].")
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML file of settings.")]
+
+
+def _count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise RecipeError(
+            f"--experts {text}: not a whole number, such as 8. A share of them is --keep 0.5."
+        ) from None
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RecipeError(f"--keep {text}: not a share between 0 and 1, such as 0.5.") from None
+
+
+COUNT: dict[str, Any] = {"parser": _count, "metavar": "<int>"}
+SHARE: dict[str, Any] = {"parser": _share, "metavar": "<float>"}
+COUNTS = COUNT | {"metavar": "<list[int]>"}
+SHARES = SHARE | {"metavar": "<list[float]>"}
+"""For `typer.Option`: numbers that people say in other ways too, such as 50%."""
 
 
 def compress_recipe(
