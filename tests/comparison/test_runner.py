@@ -52,6 +52,25 @@ def test_a_stage_before_a_ground_is_run_once_and_first(make, worker):
     assert done[0] == "sst2/before" and sorted(done[1:]) == sorted(ALL)
 
 
+@pytest.mark.parametrize(
+    ("added", "again"),
+    [
+        ({"base": "m-smoe", "heal": None}, ["full"]),
+        ({"after": "m-smoe", "rate": "mc-smoe"}, ["full", "m-smoe"]),
+    ],
+)
+def test_models_that_a_new_variant_is_made_from_are_made_again(make, worker, added, again):
+    run_comparison(make(), jobs=1)
+    folder = Progress(make()).store.run("sst2/seed-0/full")
+    assert not list(folder.glob("*.safetensors"))  # nothing needed it any more
+    part = {"variants": ["m-smoe", "added"], "tasks": ["sst2"], "seeds": [0]}
+    wider = make(variants__added=added, parts__added=part)
+    assert run_comparison(wider, only="main", jobs=1).done == []  # which does not ask for it
+    jobs = [f"sst2/seed-0/{name}" for name in (*again, "added")]
+    assert run_comparison(wider, jobs=1).done == jobs
+    assert run_comparison(wider, jobs=1).done == []
+
+
 def test_an_interrupted_comparison_does_the_jobs_of_an_uninterrupted_one(make, worker):
     for failing in INTERRUPTED:
         worker(fail=[failing])

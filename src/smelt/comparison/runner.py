@@ -47,7 +47,8 @@ def run_comparison(
     """Do all of a comparison that is not done yet.
 
     What is finished is left as it is; what a kill interrupted goes on; what failed is tried once
-    more in each call. A failure stops nothing but what depends on it.
+    more in each call. A failure stops nothing but what depends on it. A finished model whose
+    weights went, and that a new variant is to be made from, is made again.
 
     Args:
         study: every cell follows from it.
@@ -69,6 +70,9 @@ def run_comparison(
             records.check_writable()
             restore(progress, records)
         check_settings(progress)
+        while lacking := progress.lacking():  # what is forgotten may have been made from another
+            for name in lacking:
+                forget(progress.store, name)
         dump_recipe(study, progress.store.folder / "comparison.yaml")
         progress.tidy()
 

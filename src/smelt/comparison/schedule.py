@@ -229,13 +229,31 @@ class Progress:
         timed = self.study.latency
         return timed is not None and (cell.task, cell.seed) == (timed.task, timed.seed)
 
-    def is_built_upon(self, cell: Cell) -> bool:
-        """Whether cells or trials that are made from this one are not done."""
-        same = [one for one in self.every if (one.task, one.seed) == (cell.task, cell.seed)]
+    def lacking(self) -> list[str]:
+        """Finished models whose weights went and that what is asked is still to be made from."""
+        return [
+            cell.id
+            for cell in self.every
+            if self.is_done(cell.id)
+            and self.works.folder(cell) == (folder := self.store.run(cell.id))
+            and not any(folder.glob("*.safetensors"))
+            and self.is_built_upon(cell, self.asked)
+        ]
+
+    def is_built_upon(self, cell: Cell, asked: Sequence[Cell] | None = None) -> bool:
+        """Whether cells or trials that are made from this one are not done.
+
+        Args:
+            asked: cells that count, and the trials of their rates; None: all.
+        """
+        asked = self.every if asked is None else asked
+        same = [one for one in asked if (one.task, one.seed) == (cell.task, cell.seed)]
         for one in same:
             if cell in (one.full, self._after(one)) and one != cell and not self.is_done(one.id):
                 return True
         search = self.study.heal_search
         if search is None or cell.seed != search.seed or not searched(self.study, cell.task):
             return False
-        return not self.rates(cell.task).chosen
+        searching = [one for one in asked if needs_search(self.study, one.variant) is not None]
+        left = [one for one in searching if one.task == cell.task and not self.is_done(one.id)]
+        return bool(left) and not self.rates(cell.task).chosen

@@ -138,8 +138,8 @@ def _need(folder: Path) -> None:
 
     if not _is_there(folder):
         raise CheckpointError(
-            f"{folder}: has no weights (any more: a comparison removes what nothing needs). Remove "
-            f"{folder}.json to make them again, or set keep: all from the start."
+            f"{folder}: has no weights (any more: a comparison removes what nothing needs). Run "
+            "the same command again: it makes them anew."
         )
 
 
