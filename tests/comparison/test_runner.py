@@ -59,10 +59,14 @@ def test_a_stage_before_a_ground_is_run_once_and_first(make, worker):
         ({"after": "m-smoe", "rate": "mc-smoe"}, ["full", "m-smoe"]),
     ],
 )
-def test_models_that_a_new_variant_is_made_from_are_made_again(make, worker, added, again):
+@pytest.mark.parametrize("tuned", [True, False])
+def test_models_that_a_new_variant_is_made_from_are_made_again(make, worker, added, again, tuned):
+    if not tuned:  # the start is the full model: its statistics go, its weights stay
+        make(tasks__sst2__fine_tune=None)
     run_comparison(make(), jobs=1)
     folder = Progress(make()).store.run("sst2/seed-0/full")
     assert not list(folder.glob("*.safetensors"))  # nothing needed it any more
+    assert not list(folder.with_name("full.stats").glob("*"))
     part = {"variants": ["m-smoe", "added"], "tasks": ["sst2"], "seeds": [0]}
     wider = make(variants__added=added, parts__added=part)
     assert run_comparison(wider, only="main", jobs=1).done == []  # which does not ask for it

@@ -14,12 +14,15 @@ Experts = Annotated[
     int | None, typer.Option("--experts", help="Experts kept per layer.", **options.COUNT)
 ]
 Keep = Annotated[
-    float | None, typer.Option("--keep", help="Or the share of them: 0.5.", **options.SHARE)
+    float | None,
+    typer.Option("--keep", help="Or the share of them: 0.5.", **options.share("--keep")),
 ]
 Size = Annotated[
     float | None,
     typer.Option(
-        "--size", help="Or the share of their bytes: count and hidden units by measurement."
+        "--size",
+        help="Or the share of their bytes: count and hidden units by measurement.",
+        **options.share("--size"),
     ),
 ]
 Method = Annotated[
@@ -207,14 +210,17 @@ def plan(
     ] = None,
     experts: Annotated[
         list[int] | None,
-        typer.Option("--experts", help="Experts kept per layer. Repeat.", **options.COUNTS),
+        typer.Option("--experts", help="Experts kept per layer. Repeat.", **options.COUNT),
     ] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option("--keep", help="Or the share of them. Repeat.", **options.SHARES),
+        typer.Option("--keep", help="Or the share of them. Repeat.", **options.share("--keep")),
     ] = None,
     size: Annotated[
-        list[float] | None, typer.Option("--size", help="Or the share of their bytes. Repeat.")
+        list[float] | None,
+        typer.Option(
+            "--size", help="Or the share of their bytes. Repeat.", **options.share("--size")
+        ),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="A method, as in compress. Repeat.")

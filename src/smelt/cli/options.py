@@ -66,18 +66,19 @@ def _count(text: str) -> int:
         ) from None
 
 
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise RecipeError(f"--keep {text}: not a share between 0 and 1, such as 0.5.") from None
+def share(option: str) -> dict[str, Any]:
+    """For `typer.Option`: a number between 0 and 1 that people say in other ways too (50%)."""
+
+    def parsed(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise RecipeError(f"{option} {text}: not a share between 0 and 1, like 0.5.") from None
+
+    return {"parser": parsed, "metavar": "<float>"}
 
 
 COUNT: dict[str, Any] = {"parser": _count, "metavar": "<int>"}
-SHARE: dict[str, Any] = {"parser": _share, "metavar": "<float>"}
-COUNTS = COUNT | {"metavar": "<list[int]>"}
-SHARES = SHARE | {"metavar": "<list[float]>"}
-"""For `typer.Option`: numbers that people say in other ways too, such as 50%."""
 
 
 def compress_recipe(

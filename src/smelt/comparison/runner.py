@@ -1,7 +1,9 @@
 """`run_comparison`: every cell in a process of its own, by the runner of studies."""
 
 import sys
+from collections.abc import Collection, Sequence
 
+from smelt.comparison.cells import Cell
 from smelt.comparison.schedule import Job, Progress
 from smelt.comparison.settings import ComparisonRecipe
 from smelt.comparison.works import START
@@ -70,9 +72,7 @@ def run_comparison(
             records.check_writable()
             restore(progress, records)
         check_settings(progress)
-        while lacking := progress.lacking():  # what is forgotten may have been made from another
-            for name in lacking:
-                forget(progress.store, name)
+        _forget_lacking(progress, progress.asked)
         dump_recipe(study, progress.store.folder / "comparison.yaml")
         progress.tidy()
 
@@ -109,17 +109,18 @@ def restore(progress: Progress, records: Records) -> None:
     otherwise), what was made from the recorded one is made again too.
     """
     restored = set(records.restore(progress.store))
-    while True:  # what is forgotten may have been made from another one
-        lacking = [
-            cell.id
-            for cell in progress.every
-            if cell.id in restored and progress.is_built_upon(cell)
-        ]
-        if not lacking:
-            return
+    _forget_lacking(progress, progress.every, restored)
+
+
+def _forget_lacking(
+    progress: Progress, asked: Sequence[Cell], names: Collection[str] | None = None
+) -> None:
+    """Forget finished models that are gone and needed (of these names; None: of all)."""
+    while lacking := [
+        name for name in progress.lacking(asked) if names is None or name in names
+    ]:  # what is forgotten may have been made from another one
         for name in lacking:
             forget(progress.store, name)
-            restored.discard(name)
 
 
 def check_part(study: ComparisonRecipe, only: str | None) -> None:

@@ -229,16 +229,21 @@ class Progress:
         timed = self.study.latency
         return timed is not None and (cell.task, cell.seed) == (timed.task, timed.seed)
 
-    def lacking(self) -> list[str]:
-        """Finished models whose weights went and that what is asked is still to be made from."""
-        return [
+    def lacking(self, asked: Sequence[Cell]) -> set[str]:
+        """Finished models that cells of `asked` are still to be made from, and that are gone."""
+        return {
             cell.id
             for cell in self.every
             if self.is_done(cell.id)
-            and self.works.folder(cell) == (folder := self.store.run(cell.id))
-            and not any(folder.glob("*.safetensors"))
-            and self.is_built_upon(cell, self.asked)
-        ]
+            and not self._is_whole(cell)
+            and self.is_built_upon(cell, asked)
+        }
+
+    def _is_whole(self, cell: Cell) -> bool:
+        """Whether a finished model has its weights and, a full one, its statistics."""
+        if not any(self.works.folder(cell).glob("*.safetensors")):
+            return False
+        return cell.variant != FULL or any(Path(self.works.stats(cell)).glob("*"))
 
     def is_built_upon(self, cell: Cell, asked: Sequence[Cell] | None = None) -> bool:
         """Whether cells or trials that are made from this one are not done.
