@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, linear
+from torch.nn.functional import grouped_mm, linear, silu
 
 _TOKENS_AT_ONCE = 256  # of one expert, without gradients: its hidden units stay in the cache
-_FEW_ROWS = 1024  # of all experts: gathered and added at once, which takes fewer operations
+_FEW_ROWS = 32  # an expert, on average: gathered and added at once, by fewer operations
 
 
 def is_open(experts: nn.Module) -> bool:
@@ -46,12 +46,12 @@ def fold(
 
 def forward(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
     """Σ_k weight · f_choice(x) of tokens [N, D]: the forward of every factored experts class."""
-    stored, gate = _routed(self, choice, weight)
     # Sums of half-precision outputs are kept in float32, as transformers' own implementations do.
     total = torch.promote_types(hidden_states.dtype, torch.float32)
     out = hidden_states.new_zeros(hidden_states.shape, dtype=total)
     if len(hidden_states) == 1 and not torch.is_grad_enabled():
-        return _one_token(self, hidden_states, stored, gate, out)
+        return _one_token(self, hidden_states, choice, weight, out)
+    stored, gate = _routed(self, choice, weight)
     G = self.num_experts
     flat = stored.reshape(-1)
     sizes = torch.bincount(flat, minlength=G + 1)[:G].tolist()
@@ -60,7 +60,7 @@ def forward(self: Any, hidden_states: Tensor, choice: Tensor, weight: Tensor) ->
     if _kernel_serves(self, hidden_states):
         y = _grouped(self, hidden_states.index_select(0, token), sizes)
         out = out.index_add(0, token, y.to(total) * gate)
-    elif torch.is_grad_enabled() or len(order) <= _FEW_ROWS:
+    elif torch.is_grad_enabled() or len(order) < _FEW_ROWS * sum(map(bool, sizes)):
         y = _each_expert(self, hidden_states.index_select(0, token), sizes)
         out = out.index_add(0, token, y.to(total) * gate)
     else:
@@ -77,13 +77,17 @@ def _routed(module: Any, choice: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     return expert_map.long()[ids].masked_fill_(found == 0, module.num_experts), weight
 
 
-def _one_token(module: Any, x: Tensor, stored: Tensor, gate: Tensor, out: Tensor) -> Tensor:
-    """Decoding a single sequence: no sorting, the fewest operations."""
-    slots = zip(stored.flatten().tolist(), gate.flatten().tolist(), strict=True)
-    used = [(expert, weight) for expert, weight in slots if expert < module.num_experts]
-    each = _weights(module, [expert for expert, _ in used])
-    for (_, weight), own in zip(used, each, strict=True):
-        out.add_(_expert(module, x, own), alpha=weight)
+def _one_token(module: Any, x: Tensor, choice: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Decoding a single sequence: routed in Python and not sorted, the fewest operations."""
+    chosen, stored = choice.flatten().tolist(), module.expert_map.tolist()
+    if isinstance(module, nn.ModuleDict):  # one-hot; a dropped token has no expert
+        chosen = [chosen.index(1)] if 1 in chosen else []
+    used: dict[int, float] = {}
+    for expert, gate in zip(chosen, weight.flatten().tolist(), strict=False):
+        if stored[expert] < module.num_experts:
+            used[stored[expert]] = used.get(stored[expert], 0.0) + gate
+    for gate, own in zip(used.values(), _weights(module, [*used]), strict=True):
+        out.add_(_expert(module, x, own), alpha=gate)
     return out.to(x.dtype)
 
 
@@ -143,7 +147,7 @@ def _each(tensor: Tensor, hit: Sequence[int]) -> list[Tensor]:
     if torch.is_grad_enabled():
         every = tensor.unbind(0)
         return [every[e] for e in hit]
-    return [tensor[e] for e in hit]
+    return [tensor.select(0, e) for e in hit]
 
 
 def _cut(tensor: Tensor, edges: list[int], hit: Sequence[int]) -> list[Tensor]:
@@ -151,7 +155,7 @@ def _cut(tensor: Tensor, edges: list[int], hit: Sequence[int]) -> list[Tensor]:
     if torch.is_grad_enabled():
         every = tensor.split([b - a for a, b in pairwise(edges)])
         return [every[e] for e in hit]
-    return [tensor[edges[e] : edges[e + 1]] for e in hit]
+    return [tensor.narrow(0, edges[e], edges[e + 1] - edges[e]) for e in hit]
 
 
 def _places(experts: nn.Module, m: str) -> tuple[list[int], Sequence[Tensor]]:
@@ -186,14 +190,26 @@ def _activated(module: Any, parts: Mapping[str, Tensor]) -> Tensor:
     """Hidden units by the family's own activation."""
     own: Any = module
     if isinstance(module, nn.ModuleDict):
-        return own.dropout(own.act(parts["up"]))
+        hidden = _elementwise(own.act, parts["up"])
+        return own.dropout(hidden) if own.training else hidden
     if "gate" not in parts:
-        return module.act_fn(parts["up"])
+        return _elementwise(module.act_fn, parts["up"])
     if type(own)._apply_gate.__name__ == "_default_apply_gate":  # transformers': needs no joining
-        return own.act_fn(parts["gate"]) * parts["up"]
+        hidden = _elementwise(own.act_fn, parts["gate"])
+        return hidden * parts["up"] if torch.is_grad_enabled() else hidden.mul_(parts["up"])
     both = [parts["gate"], parts["up"]]
     joined = torch.cat(both, -1) if module.is_concatenated else torch.stack(both, -1).flatten(-2)
     return module._apply_gate(joined)
+
+
+def _elementwise(function: Any, x: Tensor) -> Tensor:
+    """An activation; without gradients in the memory of x, which is the caller's own."""
+    if not torch.is_grad_enabled():
+        if type(function) is nn.ReLU:
+            return x.relu_()
+        if type(function) is nn.SiLU:
+            return silu(x, inplace=True)
+    return function(x)
 
 
 def _finished(module: Any, y: Tensor) -> Tensor:
