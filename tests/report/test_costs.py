@@ -1,6 +1,7 @@
 """The front, and what beats what is not on it."""
 
-from statistics import stdev
+from collections.abc import Sequence
+from statistics import stdev, variance
 
 import pytest
 from hypothesis import given
@@ -69,11 +70,30 @@ def test_a_roof_is_that_of_the_most_rows_that_were_tried_and_are_no_more() -> No
 
 def test_a_difference_on_the_same_sequences_is_better_known_than_on_others() -> None:
     texts = [1.0, 3.0, 2.0, 6.0]
-    one = Point("a", 1.0, 12.0, 4.3, tuple(texts))
+    one = Point("a", 1.0, 12.0, 4.3, (tuple(texts),))
     more = [0.1, 0.0, 0.2, 0.1]
-    other = Point("b", 1.0, 12.4, 4.3, tuple(map(sum, zip(texts, more, strict=True))))
+    other = Point("b", 1.0, 12.4, 4.3, (tuple(map(sum, zip(texts, more, strict=True))),))
     spread = pytest.approx(4**0.5 * stdev(more))
     assert one.error_of_difference(other) == other.error_of_difference(one) == spread
     alone = Point("c", 1.0, 12.4, 4.3)
     assert one.error_of_difference(alone) == pytest.approx(4.3 * 2**0.5)
     assert one.error_of_difference(Point("d", 1.0, 12.0, None)) is None
+
+
+def test_each_task_has_a_spread_of_its_own() -> None:
+    """Of two tasks: the mean of independent differences, whatever lies between the tasks."""
+    few, many = [1, 0, 1, 1], [0, 0, 1, 0, 1, 0, 0, 0]
+    changed = [1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 1, 0]
+
+    def point(name: str, tasks: Sequence[list[int]]) -> Point:
+        parts = tuple(tuple(x / (2 * len(own)) for x in own) for own in tasks)
+        return Point(name, 1.0, sum(map(sum, parts)), 9.9, parts)
+
+    one, other = point("a", (few, many)), point("b", changed)
+    squares = [
+        variance([x - y for x, y in zip(*both, strict=True)]) / len(both[0])
+        for both in zip((few, many), changed, strict=True)
+    ]
+    assert one.error_of_difference(other) == pytest.approx(sum(squares) ** 0.5 / 2)
+    shorter = point("c", (few, many[1:]))
+    assert one.error_of_difference(shorter) == pytest.approx(9.9 * 2**0.5)

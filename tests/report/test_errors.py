@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from commands import Outcome, smelt
+from smelt.evaluate.item_files import Answers, save_answers
 from smelt.evaluate.results import Result
 
 
@@ -73,6 +74,15 @@ def test_missing_files_and_files_of_another_kind_are_refused(
     refused(smelt("report", weights, "-o", out), "no JSON")
     (tmp_path / "empty").mkdir()
     refused(smelt("report", tmp_path / "empty", "-o", out), "none of what")
+
+
+def test_items_without_the_results_they_belong_to_are_refused(tmp_path: Path, out: Path) -> None:
+    items = tmp_path / "items.json"
+    save_answers([Answers("other", "f" * 64, "float32", "cpu", ())], items)
+    refused(smelt("report", items, "-o", out), "items of other", "evaluate -o")
+    refused(smelt("report", "--results", items, "-o", out), "no results")
+    items.write_text(items.read_text().replace('"other"', '"edited"'))
+    refused(smelt("report", items, "-o", out), "items.json")
 
 
 def test_a_folder_that_is_not_finished_is_refused(tmp_path: Path, out: Path) -> None:

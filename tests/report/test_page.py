@@ -8,9 +8,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from commands import smelt
+from smelt.evaluate.item_files import Answers, save_answers
+from smelt.evaluate.outcomes import Outcome
+from smelt.evaluate.results import save
 
 HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
@@ -170,3 +174,32 @@ def test_stable_ranks_of_inspect_are_drawn_by_matrix(ground: Any, tmp_path: Path
     ]
     assert drawn[0]["y"] == pytest.approx(means, rel=1e-3)
     assert [line["name"] for line in drawn] == ["merged", "the original"]
+
+
+def test_accuracies_differ_by_pairs_where_the_items_are_named(
+    make_result: Any, make_bench: Any, tmp_path: Path
+) -> None:
+    """The larger of two models is wrong about one item more; a page without the items, and with."""
+    right = {"big": [1, 0] * 7 + [0, 0], "small": [1, 0] * 8}
+    marks = {"big": "1" * 64, "small": "2" * 64}
+    found, told = [], []
+    for name, own in right.items():
+        columns = np.array(own, dtype=np.float64)[:, None]
+        names = tuple(map(str, range(16)))
+        one = Outcome("copa", "acc", "mean", columns, names, "copa", "a" * 64)
+        told.append(Answers(name, marks[name], "float32", "cpu", (one,)))
+        score = one.score()
+        values = {"value": score.value, "standard_error": score.standard_error}
+        found.append(make_result(marks[name], checkpoint=name, task="copa", metric="acc", **values))
+    save(found, tmp_path / "scores.json")
+    save_answers(told, tmp_path / "items.json")
+    bench = make_bench(tmp_path / "bench.json", marks)
+
+    def page(name: str, *more: Path) -> str:
+        words = (*more, "--results", tmp_path / "scores.json", "--bench", bench)
+        assert smelt("report", *words, "-o", tmp_path / name).code == 0
+        return (tmp_path / name).read_text(encoding="utf-8")
+
+    assert "is better by 0.06 ± 0.18: within two" in page("a.html")
+    paired = page("b.html", tmp_path / "items.json")
+    assert "is better by 0.062 ± 0.062: within two" in paired and "items.json" in paired

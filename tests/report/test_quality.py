@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from smelt.errors import RecipeError
+from smelt.evaluate.item_files import Answers
+from smelt.evaluate.outcomes import Outcome
 from smelt.evaluate.results import Result
 from smelt.report.quality import layer_records, measures, qualities
 
@@ -69,3 +72,35 @@ def test_a_checkpoint_without_one_of_the_tasks_has_no_mean(make_result: Make) ->
     found.append(make_result(B, task="piqa", metric="acc", text=("piqa",)))
     (quality,) = qualities(measures(found))
     assert set(quality.values) == {A}
+
+
+def answered(fingerprint: str, task: str, right: list[int], **changes: object) -> Answers:
+    names = tuple(map(str, range(len(right))))
+    values = {"sha256": "a" * 64, "aggregate": "mean", "harness": {"shots": 0}} | changes
+    columns = np.array(right, dtype=np.float64)[:, None]
+    one = Outcome(task=task, metric="acc", columns=columns, names=names, source=task, **values)  # type: ignore[arg-type]
+    return Answers(fingerprint[:4], fingerprint, "float32", "cpu", (one,))
+
+
+def test_accuracies_are_pairs_where_every_item_is_known(make_result: Make) -> None:
+    tasks = {"piqa": [1, 0, 1, 1], "copa": [0, 1]}
+    found = [
+        make_result(mark, task=task, metric="acc", value=np.mean(right), harness={"shots": 0})
+        for mark in (A, B)
+        for task, right in tasks.items()
+    ]
+    told = [answered(A, task, right) for task, right in tasks.items()]
+    (quality,) = qualities(measures(found), [*told, answered(B, "piqa", tasks["piqa"])])
+    assert quality.parts == {A: ((0.125, 0, 0.125, 0.125), (0, 0.25))}  # of B one task is not told
+    assert sum(map(sum, quality.parts[A])) == pytest.approx(quality.values[A][0])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sha256": "c" * 64}, {"harness": {"shots": 5}}, {"aggregate": "f1"}]
+)
+def test_items_of_another_setting_are_no_pairs(make_result: Make, changes: dict[str, str]) -> None:
+    found = [make_result(A, task="piqa", metric="acc", value=0.75, harness={"shots": 0})]
+    right = [1, 0, 1, 1]
+    assert qualities(measures(found), [answered(A, "piqa", right)])[0].parts
+    for other in (answered(A, "piqa", right, **changes), answered(A, "piqa", [1, 0, 0, 1])):
+        assert not qualities(measures(found), [other])[0].parts

@@ -17,7 +17,7 @@ def report(
         list[Path] | None,
         typer.Argument(
             help="Anything smelt wrote: checkpoint folders, plans, statistics, analyses, studies, "
-            "results and bench files."
+            "results, their items and bench files."
         ),
     ] = None,
     results: Annotated[

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import stdev
+from statistics import variance
 
 from smelt.errors import RecipeError
 from smelt.report.bench import Bench, Cost, Step
 from smelt.report.material import Material
-from smelt.report.quality import Quality
+from smelt.report.quality import Parts, Quality
 
 COSTS = {
     "bytes": ("bytes on disk", "B"),
@@ -27,17 +27,18 @@ class Point:
     cost: float
     value: float
     error: float | None  # standard error of the value
-    parts: tuple[float, ...] = ()  # what each sequence of a text adds to the value
+    parts: Parts = ()
 
     def error_of_difference(self, other: "Point") -> float | None:
-        """Standard error of the difference of two values: by pairs of sequences, where both say.
+        """Standard error of the difference of two values: by pairs of parts, where both say them.
 
         Otherwise as of independent samples, which is too large where both saw the same items.
         """
-        n = len(self.parts)
-        if n > 1 and n == len(other.parts):
-            pairs = [a - b for a, b in zip(self.parts, other.parts, strict=True)]
-            return math.sqrt(n) * stdev(pairs)
+        sizes = [len(sample) for sample in self.parts]
+        if sizes and min(sizes) > 1 and sizes == [len(sample) for sample in other.parts]:
+            samples = zip(self.parts, other.parts, strict=True)
+            pairs = [[a - b for a, b in zip(*both, strict=True)] for both in samples]
+            return math.sqrt(math.fsum(len(each) * variance(each) for each in pairs))
         if self.error is None or other.error is None:
             return None
         return math.hypot(self.error, other.error)

@@ -8,6 +8,7 @@ from typing import Any
 
 from smelt.errors import CheckpointError, RecipeError, SmeltError
 from smelt.evaluate import results
+from smelt.evaluate.item_files import Answers, load_answers
 from smelt.evaluate.results import Result
 from smelt.report.bench import Bench, is_bench, read_bench
 from smelt.report.runs import (
@@ -35,7 +36,8 @@ class Material:
     runs: tuple[Run, ...] = ()
     statistics: tuple[Statistics, ...] = ()
     results: tuple[Result, ...] = ()
-    result_files: tuple[Path, ...] = ()
+    answers: tuple[Answers, ...] = ()  # what became of every item of tasks
+    result_files: tuple[Path, ...] = ()  # of both
     benches: tuple[Bench, ...] = ()
     bench_files: tuple[Path, ...] = ()
     ranks: tuple[Named, ...] = ()  # of `smelt inspect --stable-rank --json`
@@ -45,7 +47,8 @@ class Material:
 
 KINDS = (
     "a checkpoint folder that smelt wrote, statistics, an analysis, a study, a plan.json, results "
-    "of `smelt evaluate -o`, a bench file, or the JSON of `smelt inspect --stable-rank --json`"
+    "of `smelt evaluate -o` and the file of its --items, a bench file, or the JSON of `smelt "
+    "inspect --stable-rank --json`"
 )
 
 
@@ -79,19 +82,32 @@ def read_material(
                 )
             _add(parts, kind, value, Path(path))
     found = Material(**{name: tuple(values) for name, values in parts.items()})
+    _check_answers(found)
     runs = tuple(_with_usage(run, found.statistics) for run in _unique(found.runs))
     return replace(found, runs=runs)
 
 
 def _add(parts: dict[str, list[Any]], kind: str, value: Any, path: Path) -> None:
     held = parts.setdefault(kind, [])
-    if kind == "results":
+    if kind in ("results", "answers"):
         held.extend(value)
         parts.setdefault("result_files", []).append(path)
     else:
         held.append(value)
         if kind == "benches":
             parts.setdefault("bench_files", []).append(path)
+
+
+def _check_answers(found: Material) -> None:
+    """Refuse items that no result was made of: they would be left out without a word."""
+    if found.answers and not {a.fingerprint for a in found.answers} & {
+        r.fingerprint for r in found.results
+    }:
+        names = ", ".join(one.name for one in found.answers)
+        raise RecipeError(
+            f"There are items of {names}, and no results of any of them. Name the file of "
+            "`smelt evaluate -o FILE` that was made with these --items, too."
+        )
 
 
 def _existing(path: str | Path) -> Path:
@@ -106,6 +122,8 @@ def _read(path: Path) -> tuple[str, Any]:
     if path.is_dir():
         return _read_folder(path)
     value = _read_object(path)
+    if value.get("kind") == "items":
+        return "answers", load_answers(path)
     if "results" in value:
         return "results", results.load(path)
     if is_bench(value):

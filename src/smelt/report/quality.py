@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from smelt.errors import RecipeError
+from smelt.evaluate.item_files import Answers
+from smelt.evaluate.outcomes import Outcome
 from smelt.evaluate.results import Result
 
 LOWER_IS_BETTER = ("nats", "perplexity", "bits", "KL", "error", "loss", "rate", "repetition")
@@ -127,6 +129,10 @@ def layer_records(results: Sequence[Result], what: str) -> dict[str, dict[str, f
     return found
 
 
+Parts = tuple[tuple[float, ...], ...]
+"""By sample (a text, or each of some tasks): what each of its units adds to a value."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """One number that says how good each checkpoint is, for the figures against cost."""
@@ -135,19 +141,23 @@ class Quality:
     is_lower_better: bool
     values: Mapping[str, tuple[float, float | None]]  # by fingerprint: value, standard error
     note: str = ""
-    parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """By fingerprint: what each sequence adds to the value, where that is known."""
+    parts: Mapping[str, Parts] = field(default_factory=dict)
+    """By fingerprint, where they are known: of two checkpoints they are pairs."""
 
 
-def qualities(found: Sequence[Measure]) -> list[Quality]:
-    """What figures against cost are drawn of: a loss, and the mean accuracy over the tasks."""
+def qualities(found: Sequence[Measure], answers: Sequence[Answers] = ()) -> list[Quality]:
+    """What figures against cost are drawn of: a loss, and the mean accuracy over the tasks.
+
+    Args:
+        answers: what became of every item of tasks, of some of the checkpoints.
+    """
     chosen = []
     for metric in ("bits per byte", "nats per token"):
         losses = [one for one in found if one.metric == metric and one.task == "perplexity"]
         for one in losses[:1]:
             values = {f: (r.value, r.standard_error) for f, r in one.results.items()}
             texts = ", ".join(short(text) for text in one.text)
-            parts = {f: r.by_sequence for f, r in one.results.items() if r.by_sequence}
+            parts = {f: (r.by_sequence,) for f, r in one.results.items() if r.by_sequence}
             chosen.append(Quality(metric, True, _finite(values), f"on {texts}", parts))
         if chosen:
             break
@@ -157,8 +167,38 @@ def qualities(found: Sequence[Measure]) -> list[Quality]:
         values = {f: _mean([one.results[f] for one in tasks]) for f in shared}
         names = ", ".join(one.task for one in tasks)
         plural = "mean accuracy" if len(tasks) > 1 else "accuracy"
-        chosen.append(Quality(plural, False, _finite(values), f"over {names}"))
+        told = {f: _by_item([one.results[f] for one in tasks], answers) for f in shared}
+        known = {f: own for f, own in told.items() if own}
+        chosen.append(Quality(plural, False, _finite(values), f"over {names}", known))
     return [one for one in chosen if one.values]
+
+
+def _by_item(results: Sequence[Result], answers: Sequence[Answers]) -> Parts:
+    """What each item of every task adds to a checkpoint's mean over tasks; (): not known of all."""
+    found = []
+    for result in results:
+        outcome = _outcome_of(result, answers)
+        if outcome is None:
+            return ()
+        column = outcome.columns[:, 0]
+        found.append(tuple((column / (len(column) * len(results))).tolist()))
+    return tuple(found)
+
+
+def _outcome_of(result: Result, answers: Sequence[Answers]) -> Outcome | None:
+    """What the mean of a result was taken of, asked the same way and with the same value."""
+
+    def is_it(one: Outcome) -> bool:
+        asked = (one.task, one.metric, one.sha256, dict(one.harness) or None)
+        return (
+            asked == (result.task, result.metric, result.text_sha256, result.harness)
+            and one.aggregate == "mean"
+            and len(one.columns) > 0
+            and math.isclose(one.columns[:, 0].mean(), result.value, abs_tol=1e-6)
+        )
+
+    own = [answer.outcomes for answer in answers if answer.fingerprint == result.fingerprint]
+    return next((one for outcomes in own for one in outcomes if is_it(one)), None)
 
 
 def _mean(results: Sequence[Result]) -> tuple[float, float | None]:

@@ -113,7 +113,7 @@ def _strangers(facts: Facts) -> list[Text]:
 def _pareto(facts: Facts) -> Section:
     figures = [
         draw_costs.pareto(quality, key, facts.costs, facts.subjects)
-        for quality in qualities(facts.measures)
+        for quality in qualities(facts.measures, facts.material.answers)
         for key in COSTS
     ]
     kept: list[Block] = [figure for figure in figures if figure]
