@@ -6,7 +6,7 @@ from pathlib import Path
 
 from commands import TEXT, make_source
 from smelt import api
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.train.heal import heal
 from smelt.train.heal_settings import HealRecipe
 

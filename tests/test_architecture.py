@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "smelt"
 
 ORDER = (
     ("errors",),
+    ("settings",),
     ("recipe",),
     ("plugins",),
     ("processes",),
@@ -359,7 +360,7 @@ def test_every_recipe_is_a_yaml_file_in_a_known_folder():
 
 @pytest.mark.parametrize("path", recipe_files(), ids=str)
 def test_every_recipe_parses_and_reads_back_as_it_was_written(path, tmp_path):
-    from smelt.recipe import dump_recipe, load_recipe
+    from smelt.settings import dump_recipe, load_recipe
 
     module, name = RECIPES[path.parts[1]]
     if re.search(r"^kind: comparison$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE):

@@ -16,7 +16,8 @@ from commands import QUICK, contents, smelt
 from smelt import api
 from smelt.cli import screen
 from smelt.compress.plan import Plan
-from smelt.recipe import CompressRecipe, check_recipe, load_recipe, nest
+from smelt.recipe import CompressRecipe, nest
+from smelt.settings import check_recipe, load_recipe
 
 PART = ("--set", "sequence_length=32")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from smelt.comparison.settings import ComparisonRecipe
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.study.settings import put
 
 WORKER = """

@@ -21,7 +21,7 @@ from smelt.comparison.work import do, outcomes_file
 from smelt.comparison.works import Works
 from smelt.compress.calibrate import RoutingStats
 from smelt.compress.pipeline import run_plan
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.study.store import read
 from smelt.text2text.items import Answer, Item
 from smelt.text2text.metrics import f1_of

@@ -11,7 +11,8 @@ from smelt.compress.calibrate import calibrate
 from smelt.compress.facts import read_facts
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError, RecipeError
-from smelt.recipe import AUTO_CANDIDATES, CompressRecipe, check_recipe
+from smelt.recipe import AUTO_CANDIDATES, CompressRecipe
+from smelt.settings import check_recipe
 
 STEPS = 10
 FITS = {"steps": STEPS, "batch_tokens": 64, "target": "layer"}

@@ -8,7 +8,8 @@ from smelt.compress.calibrate import RoutingStats
 from smelt.compress.defaults import TOKENS, fill
 from smelt.compress.plan import Plan
 from smelt.compress.reconstructor import CannotFitError
-from smelt.recipe import CompressRecipe, check_recipe, nest
+from smelt.recipe import CompressRecipe, nest
+from smelt.settings import check_recipe
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*calibration tokens reach:UserWarning", "ignore:.*numbers for each:UserWarning"

@@ -12,7 +12,8 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.compress.layer_error import layer_errors
 from smelt.compress.measured import cheapest
 from smelt.errors import PlanError, RecipeError
-from smelt.recipe import CompressRecipe, check_recipe
+from smelt.recipe import CompressRecipe
+from smelt.settings import check_recipe
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from smelt.compress.methods import METHODS_TABLE, resolve
 from smelt.compress.plan import LayerFacts, Plan
 from smelt.compress.similarity import Evidence
 from smelt.errors import PlanError, RecipeError
-from smelt.recipe import DEFAULT_METHODS, CompressRecipe, check_recipe
+from smelt.recipe import DEFAULT_METHODS, CompressRecipe
 from smelt.routing import LayerStats
+from smelt.settings import check_recipe
 
 NAMES = ("model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3.mlp")
 EXPERT, ROUTER, OTHER = 100, 6, 1000

@@ -12,7 +12,8 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import calibrate
 from smelt.compress.pipeline import read_inputs, run_calibration
 from smelt.errors import CalibrationError, RecipeError
-from smelt.recipe import CalibrationRecipe, check_recipe
+from smelt.recipe import CalibrationRecipe
+from smelt.settings import check_recipe
 from smelt.text.spans import IGNORED
 from smelt.text2text.encode import Encoder
 from smelt.text2text.files import read_items

@@ -9,7 +9,7 @@ from commands import make_source, smelt
 from smelt import api
 from smelt.errors import RecipeError
 from smelt.operators.settings import OperatorsRecipe, asked
-from smelt.recipe import check_recipe, dump_recipe
+from smelt.settings import check_recipe, dump_recipe
 
 
 @pytest.fixture(scope="module")

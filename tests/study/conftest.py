@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from smelt.recipe import check_recipe, dump_recipe
+from smelt.settings import check_recipe, dump_recipe
 from smelt.study.settings import StudyRecipe
 from smelt.study.store import Store
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from smelt.errors import RecipeError
-from smelt.recipe import load_recipe, read_values
+from smelt.settings import load_recipe, read_values
 from smelt.study.cells import cells, model_config, searches, training_flops_per_token
 from smelt.study.settings import StudyRecipe
 

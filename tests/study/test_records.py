@@ -111,7 +111,7 @@ def test_a_cut_packed_file_is_named(tmp_path):
 
 
 def test_tables_are_shown_from_records_alone(make, worker, tmp_path):
-    from smelt.recipe import dump_recipe
+    from smelt.settings import dump_recipe
 
     study, path = make(), tmp_path / "records.jsonl"
     run_study(study, records=Records(path))

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import write_tasks
 from healing_material import settings_of
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.train.trainer import TrainRecipe, train
 
 WORDS = "one two three four five six seven eight nine ten".split()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from smelt import processes
 from smelt.errors import RecipeError, SmeltError
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.train import distributed
 from smelt.train.trainer import TrainRecipe, train
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from smelt.checkpoint import mapped
 from smelt.errors import RecipeError, SmeltError
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.train.trainer import TrainRecipe
 
 

@@ -11,7 +11,7 @@ from checkpoints import save
 from healing_material import original, run, student
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError, RecipeError
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.train.heal_model import check_pair
 from smelt.train.heal_settings import HealRecipe
 

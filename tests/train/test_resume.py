@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smelt.errors import CheckpointError, RecipeError
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.train import checkpoints, step
 from smelt.train.faults import DivergedError
 from smelt.train.measure import forward

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from smelt.errors import RecipeError
-from smelt.recipe import check_recipe
 from smelt.samoe.config import SaMoEConfig
 from smelt.samoe.model import SaMoEForCausalLM
 from smelt.samoe.moe import SaMoELayer
+from smelt.settings import check_recipe
 from smelt.train import losses
 from smelt.train.optimiser import decayed
 from smelt.train.settings import TrainRecipe

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smelt.errors import CalibrationError, RecipeError
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.text import tokenize
 from smelt.text.sources import TextSource
 from smelt.train import shards

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from smelt.errors import RecipeError
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 from smelt.text.spans import IGNORED
 from smelt.text2text.files import is_held_out, read_split
 from smelt.train.batches import PaddedRows

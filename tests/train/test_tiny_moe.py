@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smelt.recipe import load_recipe
+from smelt.settings import load_recipe
 from smelt.text import parse_source, tokenize
 from smelt.train.data import next_token_examples
 from smelt.train.measure import HeldOut, label_counts, report

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smelt.errors import CalibrationError, RecipeError
-from smelt.recipe import check_recipe, dump_recipe, load_recipe
+from smelt.settings import check_recipe, dump_recipe, load_recipe
 from smelt.text import make_blocks, parse_source, tokenize
 from smelt.train import losses, measure, step
 from smelt.train.data import train_tokenizer

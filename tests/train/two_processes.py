@@ -18,9 +18,9 @@ from smelt import processes
 from smelt.bench import scale
 from smelt.cli import main
 from smelt.errors import RecipeError
-from smelt.recipe import check_recipe
 from smelt.samoe.config import SaMoEConfig
 from smelt.samoe.model import SaMoEForCausalLM
+from smelt.settings import check_recipe
 from smelt.train import distributed, trainer
 from smelt.train.optimiser import decayed
 from smelt.train.trainer import TrainRecipe, train

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smelt.analyse.runs import Run
 from smelt.errors import CalibrationError
-from smelt.recipe import Settings
+from smelt.settings import Settings
 from smelt.text import TextSource, as_source, make_blocks, parse_source, tokenize
 from smelt.train.batches import Masking
 

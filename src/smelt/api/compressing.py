@@ -24,7 +24,8 @@ from smelt.compress.pipeline import (
 )
 from smelt.compress.plan import Plan
 from smelt.errors import PlanError
-from smelt.recipe import CalibrationRecipe, CompressRecipe, check_recipe, nest
+from smelt.recipe import CalibrationRecipe, CompressRecipe, nest
+from smelt.settings import check_recipe
 
 
 def inspect(

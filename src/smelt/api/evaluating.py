@@ -26,7 +26,8 @@ from smelt.evaluate.task_model import check_model
 from smelt.evaluate.tasks import read_items
 from smelt.evaluate.text2text import check_text2text, read_benchmarks
 from smelt.export.engine import check_writer
-from smelt.recipe import CalibrationRecipe, check_recipe
+from smelt.recipe import CalibrationRecipe
+from smelt.settings import check_recipe
 from smelt.text2text.files import Part
 
 

@@ -17,7 +17,7 @@ from smelt.compress.pipeline import (
 from smelt.errors import RecipeError
 from smelt.export.engine import check_writer
 from smelt.export.engine import version as engine_version
-from smelt.recipe import check_recipe
+from smelt.settings import check_recipe
 
 if TYPE_CHECKING:
     from smelt.export.gguf_file import GgufFile

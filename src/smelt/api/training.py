@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smelt.compress.pipeline import Stages, silent
-from smelt.recipe import check_recipe, find_recipe, load_recipe, read_values
+from smelt.settings import check_recipe, find_recipe, load_recipe, read_values
 
 if TYPE_CHECKING:
     from smelt.export.gguf_file import Progress, Written

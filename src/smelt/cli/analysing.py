@@ -44,7 +44,7 @@ def analyse(
 
     from smelt.analyse.ground import AnalysisSettings
     from smelt.analyse.run import analyse as run
-    from smelt.recipe import check_recipe
+    from smelt.settings import check_recipe
 
     given: dict[str, Any] = {
         "text": text,

@@ -97,7 +97,7 @@ def heal(
 
 def _recipe(file: Path | None, given: dict[str, Any], settings: options.Sets) -> "HealRecipe":
     """The recipe of a file, then of options, then of --set: the later ones win."""
-    from smelt.recipe import check_recipe, override_value, read_values
+    from smelt.settings import check_recipe, override_value, read_values
     from smelt.train.heal_settings import HealRecipe
 
     values: dict[str, Any] = {} if file is None else read_values(file, HealRecipe)

@@ -7,15 +7,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from smelt.errors import RecipeError
-from smelt.recipe import (
-    CalibrationRecipe,
-    CompressRecipe,
-    Settings,
-    check_recipe,
-    nest,
-    override_value,
-    read_values,
-)
+from smelt.recipe import CalibrationRecipe, CompressRecipe, nest
+from smelt.settings import Settings, check_recipe, override_value, read_values
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 

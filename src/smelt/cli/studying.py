@@ -60,7 +60,7 @@ def study(
     """
     screen = Screen(as_json=as_json, quiet=quiet)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from smelt.recipe import find_recipe, load_recipe, read_values
+    from smelt.settings import find_recipe, load_recipe, read_values
     from smelt.study.records import Records
     from smelt.study.runner import restore
     from smelt.study.settings import StudyRecipe

@@ -45,7 +45,7 @@ def _train(recipe: Path, settings: options.Sets, screen: Screen) -> None:
     from transformers import logging
 
     from smelt.evaluate.results import markdown
-    from smelt.recipe import find_recipe, load_recipe
+    from smelt.settings import find_recipe, load_recipe
     from smelt.train.settings import TrainRecipe
     from smelt.train.trainer import train as run
 

@@ -8,7 +8,7 @@ from smelt.comparison.schedule import Job, Progress
 from smelt.comparison.settings import ComparisonRecipe
 from smelt.comparison.works import START
 from smelt.errors import RecipeError
-from smelt.recipe import dump_recipe
+from smelt.settings import dump_recipe
 from smelt.study.records import Records, forget
 from smelt.study.runner import OnJob, Ran, carry_out
 from smelt.study.store import flat, read

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from smelt.recipe import Settings
+from smelt.settings import Settings
 from smelt.study.settings import Name, Overrides, nested, put
 from smelt.text2text.tasks import TASKS
 

@@ -23,7 +23,7 @@ def main(words: list[str]) -> int:
 
 
 def _do(path: Path) -> None:
-    from smelt.recipe import load_recipe
+    from smelt.settings import load_recipe
 
     do(load_recipe(path, Work))
 

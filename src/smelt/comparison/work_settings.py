@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from smelt.recipe import CalibrationRecipe, CompressRecipe, Settings
+from smelt.recipe import CalibrationRecipe, CompressRecipe
+from smelt.settings import Settings
 from smelt.text2text.files import Part
 from smelt.train.heal_settings import HealRecipe
 from smelt.train.settings import TrainRecipe

@@ -9,14 +9,8 @@ from smelt.comparison.settings import FULL, ComparisonRecipe, Ground, Resolved, 
 from smelt.comparison.work_settings import Ask, Work
 from smelt.compress.check import needs_gradients
 from smelt.compress.methods import resolve
-from smelt.recipe import (
-    CalibrationRecipe,
-    CompressRecipe,
-    check_recipe,
-    expand_environment,
-    find_recipe,
-    read_values,
-)
+from smelt.recipe import CalibrationRecipe, CompressRecipe
+from smelt.settings import check_recipe, expand_environment, find_recipe, read_values
 from smelt.study.store import Store
 from smelt.train.heal_settings import HealRecipe
 from smelt.train.settings import TrainRecipe

@@ -10,7 +10,8 @@ from smelt.compress.calibrate import RoutingStats
 from smelt.compress.pipeline import Stages, run_compress, silent
 from smelt.compress.reconstructor import CannotFitError
 from smelt.errors import CalibrationError
-from smelt.recipe import CalibrationRecipe, CompressRecipe, ReconstructRecipe, check_recipe
+from smelt.recipe import CalibrationRecipe, CompressRecipe, ReconstructRecipe
+from smelt.settings import check_recipe
 
 TOKENS = 131_072
 """To calibrate on where layers are fitted: fewer, and the fit follows its tokens."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from smelt.recipe import Settings
+from smelt.settings import Settings
 
 
 class Asking(Settings):

@@ -24,7 +24,8 @@ from smelt.evaluate.repetition import Written, figures
 from smelt.evaluate.results import Result, Setting, record
 from smelt.evaluate.sequences import PerSequence
 from smelt.evaluate.task_model import check_model, evaluating
-from smelt.recipe import CalibrationRecipe, Settings
+from smelt.recipe import CalibrationRecipe
+from smelt.settings import Settings
 
 
 class Generating(Settings):

@@ -9,7 +9,7 @@ from typing import Any
 from smelt.errors import RecipeError
 from smelt.operators.settings import Asked, OperatorsRecipe, asked
 from smelt.operators.work import Work
-from smelt.recipe import dump_recipe, expand_environment, find_recipe, load_recipe
+from smelt.settings import dump_recipe, expand_environment, find_recipe, load_recipe
 from smelt.study.records import Records
 from smelt.study.runner import WORK as TRAIN
 from smelt.study.runner import OnJob, Ran, carry_out

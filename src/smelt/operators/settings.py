@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from smelt.compress.check import needs_gradients
 from smelt.compress.methods import resolve
 from smelt.errors import RecipeError
-from smelt.recipe import CalibrationRecipe, CompressRecipe, Settings, check_recipe
+from smelt.recipe import CalibrationRecipe, CompressRecipe
+from smelt.settings import Settings, check_recipe
 
 NO_FIT = "none"
 """The name of the fit that is none."""

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from smelt.operators.settings import Texts
-from smelt.recipe import CalibrationRecipe, CompressRecipe, Settings
+from smelt.recipe import CalibrationRecipe, CompressRecipe
+from smelt.settings import Settings
 
 
 class Work(Settings):
@@ -38,7 +39,7 @@ def main(words: list[str]) -> int:
 
 
 def _do(path: Path) -> None:
-    from smelt.recipe import load_recipe
+    from smelt.settings import load_recipe
 
     work = load_recipe(path, Work)
     if work.kind == "statistics":

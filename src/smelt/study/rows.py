@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from smelt.errors import RecipeError
-from smelt.recipe import read_values
 from smelt.samoe.config import SaMoEConfig
+from smelt.settings import read_values
 from smelt.study.cells import Cell, model_config, twins
 from smelt.study.settings import StudyRecipe
 from smelt.study.statistics import Summary, summary

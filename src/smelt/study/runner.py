@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from smelt.errors import RecipeError
-from smelt.recipe import dump_recipe
+from smelt.settings import dump_recipe
 from smelt.study.cells import cells, searches
 from smelt.study.records import Records, forget
 from smelt.study.schedule import Job, rates, ready

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from smelt.recipe import Settings, check_recipe
+from smelt.settings import Settings, check_recipe
 from smelt.text.sources import as_source
 from smelt.train.settings import Sources, TrainRecipe
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smelt.errors import RecipeError
-from smelt.recipe import expand_environment, read_values
+from smelt.settings import expand_environment, read_values
 from smelt.study.settings import Evaluation, StudyRecipe
 from smelt.train.resume import FREE
 from smelt.train.settings import TrainRecipe

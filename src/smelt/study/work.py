@@ -45,7 +45,7 @@ def guarded(job: Callable[[], None]) -> int:
 
 
 def _train(path: Path, *, is_trial: bool) -> None:
-    from smelt.recipe import load_recipe
+    from smelt.settings import load_recipe
     from smelt.study.store import slim, write
     from smelt.train.faults import DivergedError
     from smelt.train.settings import TrainRecipe
@@ -64,7 +64,7 @@ def _train(path: Path, *, is_trial: bool) -> None:
 
 
 def _evaluate(path: Path, settings: str) -> None:
-    from smelt.recipe import check_recipe, load_recipe
+    from smelt.settings import check_recipe, load_recipe
     from smelt.study.evaluate import evaluate_cell
     from smelt.study.settings import Evaluation
     from smelt.train.settings import TrainRecipe

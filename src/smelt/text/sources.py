@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from smelt.errors import CalibrationError
-from smelt.recipe import expand_environment
+from smelt.settings import expand_environment
 from smelt.text import library
 from smelt.text.pieces import (
     LOOK_BYTES,

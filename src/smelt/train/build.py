@@ -17,7 +17,7 @@ from smelt.checkpoint.initial import calm_routers, match_tokens
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
 from smelt.errors import RecipeError, SmeltError
-from smelt.recipe import expand_environment
+from smelt.settings import expand_environment
 from smelt.train.settings import TrainRecipe
 
 

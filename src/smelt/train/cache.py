@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smelt.errors import RecipeError
-from smelt.recipe import expand_environment
+from smelt.settings import expand_environment
 from smelt.text import library
 from smelt.text.sources import TextSource
 

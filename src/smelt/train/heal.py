@@ -15,7 +15,7 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
 from smelt.compress.calibrate import Progress
 from smelt.errors import RecipeError
-from smelt.recipe import expand_environment
+from smelt.settings import expand_environment
 from smelt.train.batches import ExampleRows, Rows
 from smelt.train.cache import cache_folder
 from smelt.train.examples import training_data

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from smelt.recipe import Settings
+from smelt.settings import Settings
 from smelt.text.sources import TextSource
 from smelt.train.settings import (
     Share,

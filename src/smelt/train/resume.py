@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smelt.errors import RecipeError
-from smelt.recipe import Settings, check_recipe, dump_recipe, expand_environment
+from smelt.settings import Settings, check_recipe, dump_recipe, expand_environment
 from smelt.train.settings import TrainRecipe
 
 STATE = "smelt_state.json"  # written last: a checkpoint without it is unfinished

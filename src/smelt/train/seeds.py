@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smelt.errors import RecipeError
-from smelt.recipe import load_recipe
+from smelt.settings import load_recipe
 from smelt.train.resume import differences
 from smelt.train.settings import TrainRecipe
 

@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from smelt.recipe import Settings
+from smelt.settings import Settings
 from smelt.text.sources import TextSource, as_source
 from smelt.text2text.tasks import TASKS
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smelt.checkpoint.source import read_tokenizer
 from smelt.errors import RecipeError
-from smelt.recipe import expand_environment
+from smelt.settings import expand_environment
 from smelt.text import TokenBlocks, tokenize
 from smelt.text.sources import TextSource
 from smelt.train.cache import cache_folder, kept, key

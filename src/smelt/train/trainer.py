@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from smelt import processes
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import RecipeError
-from smelt.recipe import expand_environment
+from smelt.settings import expand_environment
 from smelt.train import distributed
 from smelt.train.build import build_model
 from smelt.train.card import training_card
