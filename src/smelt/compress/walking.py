@@ -7,8 +7,7 @@ killed run walks again and does only what is missing: the same bytes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,19 +25,18 @@ from smelt.compress.apply import check_plan, decided, finish, run_key, stage_nam
 from smelt.compress.auto import Chooser
 from smelt.compress.calibrate import Collector, Progress, RoutingStats, last_block
 from smelt.compress.capture import Capture, adds_up
-from smelt.compress.decide import layer_seed, regroup
+from smelt.compress.decide import regroup
 from smelt.compress.done import Done
 from smelt.compress.factoring import is_decided
-from smelt.compress.facts import Facts, bank_reader, router_reader
+from smelt.compress.facts import Facts
+from smelt.compress.known import Known
 from smelt.compress.layer import Changed, Compressor
 from smelt.compress.plan import LayerPlan, Plan, is_changed
 from smelt.compress.reconstructor import Reconstructor, check_alone, check_runs_alone
 from smelt.compress.sample import LayerSample, alone
-from smelt.compress.similarity import Evidence
 from smelt.compress.twin import Twin
 from smelt.errors import PlanError
 from smelt.recipe import ReconstructRecipe
-from smelt.routing import LayerStats
 
 _DTYPES = {"model": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -102,7 +100,7 @@ class _Walking:
     ) -> None:
         self.compressor = compressor
         self.checkpoint, self.facts = compressor.checkpoint, compressor.facts
-        self.plan, self.stats, self.sink = compressor.plan, stats, sink
+        self.plan, self.sink = compressor.plan, sink
         self.recipe = self.plan.recipe.reconstruct
         self.is_sequential = self.plan.method.sequential
         self.progress = progress
@@ -122,11 +120,10 @@ class _Walking:
         self.written: set[str] = set()
         self.layers: dict[str, LayerPlan] = {layer.name: layer for layer in self.plan.layers}
         self.layer_of = {layer.name: layer for layer in self.facts.anatomy.layers}
-        self.found: dict[str, LayerStats] = {}  # of the compressed stream, of the block walked now
         self.collector = None
         if self.is_sequential:
             self.collector = _collector(self.plan, stats, self.facts, batches)
-        self.evidence = _evidence(self.checkpoint, self.facts, self.plan)
+        self.known = Known(self.checkpoint, self.facts, self.plan, stats)
         self.chooser: Chooser | None = None
         if self.recipe is not None:
             self.capture = _capture(self.recipe, self.facts, batches)
@@ -139,7 +136,7 @@ class _Walking:
                 reduce=alone if processes.num_processes() == 1 else processes.add_up,
             )
             if self.plan.recipe.method == "auto":
-                self.chooser = Chooser(compressor, self.reconstructor, self._known)
+                self.chooser = Chooser(compressor, self.reconstructor, self.known.evidence)
 
     def through(self) -> tuple[LayerPlan, ...]:
         """Walk, and write every shard; returns the layers as they were decided."""
@@ -179,7 +176,7 @@ class _Walking:
 
     def _decided_and_fitted(self, stage: Stage) -> list[Changed]:
         layers = self._fittable(stage)
-        self.found.clear()
+        self.known.found.clear()
         with contextlib.ExitStack() as stack:
             if self.collector is not None:
                 stack.enter_context(self.collector.watching(stage))
@@ -191,10 +188,11 @@ class _Walking:
         if self.collector is not None:
             for layer in self._here(stage):
                 found = self.collector.of_all_processes([layer.name])[layer.name]
-                self.found[layer.name] = found
+                self.known.found[layer.name] = found
                 if self.chooser is None:
+                    evidence = self.known.evidence(layer.name)
                     self.layers[layer.name] = regroup(
-                        self.plan.layer(layer.name), self._known(layer.name), self.plan.recipe
+                        self.plan.layer(layer.name), evidence, self.plan.recipe
                     )
         if not layers:
             return self._compressed(stage, {})
@@ -256,18 +254,9 @@ class _Walking:
                     layer, plan, samples[layer.name]
                 )
             else:
-                made = self.compressor.compress(layer, plan, self._stats(layer.name))
+                made = self.compressor.compress(layer, plan, self.known.stats(layer.name))
             found.append(made)
         return found
-
-    def _stats(self, name: str) -> LayerStats | None:
-        """Those of the compressed stream, where layers are decided on it; else one-shot ones."""
-        return self.found.get(name) or self.stats.layers.get(name)
-
-    def _known(self, name: str) -> Evidence:
-        stats = self._stats(name)
-        assert stats is not None, "a layer that is decided has statistics"
-        return self.evidence(name, stats)
 
     def _fitted(
         self, stage: Stage, changed: list[Changed], samples: dict[str, LayerSample]
@@ -325,17 +314,3 @@ def _capture(recipe: ReconstructRecipe, facts: Facts, batches: Sequence[Batch]) 
         held_out=recipe.held_out,
         dtype=_DTYPES[recipe.states],
     )
-
-
-def _evidence(
-    checkpoint: Checkpoint, facts: Facts, plan: Plan
-) -> Callable[[str, LayerStats], Evidence]:
-    """What is known of a layer, by its name and its statistics."""
-    banks, routers = bank_reader(checkpoint, facts), router_reader(checkpoint, facts)
-    positions = {layer.name: i for i, layer in enumerate(plan.layers)}
-
-    def known(name: str, stats: LayerStats) -> Evidence:
-        seed = layer_seed(plan.recipe.seed, positions[name])
-        return Evidence(stats, partial(banks, name), routers(name), seed)
-
-    return known
