@@ -175,6 +175,33 @@ def test_a_comparison_goes_on_elsewhere_from_its_records(make, worker, tmp_path)
     assert results(there) == results(whole)
 
 
+def test_tables_of_records_leave_nothing_out_and_the_list_says_what_is_made_again(
+    make, worker, tmp_path
+):
+    records = Records(tmp_path / "records.jsonl")
+    whole = make()
+    run_comparison(whole, only="main", records=records)
+    assert worker()
+    there = make(output=str(tmp_path / "there"))
+    records.restore(Progress(there).store)
+    assert results(there)["tables"] == results(whole)["tables"]  # of seed 0 a part is not done
+    again = [row["job"] for row in listing(there) if row["state"].startswith("again")]
+    assert again == ["sst2/seed-0/full"]
+    assert not [row for row in listing(there, "main") if row["state"] != "done"]
+
+
+def test_what_was_done_without_the_file_is_added_to_it(make, worker, tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    study = make()
+    run_comparison(study, only="main")
+    assert worker()
+    run_comparison(study, jobs=1, records=records)
+    lines = [json.loads(line)["name"] for line in records.path.read_text().splitlines()]
+    assert sorted(lines) == sorted(ALL)
+    run_comparison(study, records=records)
+    assert len(records.path.read_text().splitlines()) == len(ALL)
+
+
 def test_what_was_made_from_another_full_model_is_made_again(make, worker, tmp_path):
     records = Records(tmp_path / "records.jsonl")
     run_comparison(make(), only="main", jobs=1, records=records)

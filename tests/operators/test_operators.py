@@ -1,5 +1,6 @@
 """Laws of a study of operators: cells are done once, alone, and tables are made of their rows."""
 
+import copy
 import json
 import math
 
@@ -106,6 +107,17 @@ def test_records_lay_a_study_out_elsewhere(study, tmp_path):
     again = smelt("study", path, "--table", *elsewhere)
     assert again.code == 0
     assert again.out == done.out
+
+
+def test_cells_that_a_killed_process_had_measured_are_added_to_the_file(study, tmp_path):
+    _, path, records, _ = study
+    whole = [json.loads(line) for line in records.read_text().splitlines()]
+    cut = copy.deepcopy(whole)
+    cut[-1]["files"]["json"]["rows"].popitem()
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(line) + "\n" for line in cut))
+    assert smelt("study", path, "--records", tmp_path / "cut.jsonl").code == 0
+    lines = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
+    assert len(lines) == len(whole) + 1 and lines[-1]["files"] == whole[-1]["files"]
 
 
 @pytest.mark.usefixtures("study")

@@ -38,6 +38,17 @@ def test_a_second_restoring_changes_nothing(make, worker, tmp_path):
     assert records.restore(elsewhere) == []
 
 
+def test_what_was_done_without_the_file_is_added_to_it(make, worker, tmp_path):
+    study, records = make(), Records(tmp_path / "records.jsonl")
+    run_study(study, only="core")
+    assert worker()
+    run_study(study, records=records)
+    assert len(records.restore(Store(tmp_path / "elsewhere"))) == 6 + 7
+    lines = records.path.read_text()
+    run_study(study, records=records)
+    assert records.path.read_text() == lines  # of the same figures no second line
+
+
 def test_a_run_on_its_way_is_not_taken_from_the_records(make, worker, tmp_path):
     study, records = make(), Records(tmp_path / "records.jsonl")
     run_study(study, only="core", records=records)

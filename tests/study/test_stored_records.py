@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 
 from commands import smelt
+from smelt.comparison.cells import needs_search
+from smelt.comparison.schedule import Progress
+from smelt.comparison.settings import ComparisonRecipe
+from smelt.settings import load_recipe
+from smelt.study.records import Records
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, RECIPES = ROOT / "benchmarks" / "results", ROOT / "recipes"
 STORED = {
     "samoe": "study-samoe.jsonl.gz",
     "mc-smoe": "mc-smoe.jsonl.gz",
@@ -29,6 +35,15 @@ def test_a_study_goes_on_from_its_stored_records(name, tmp_path, monkeypatch):
         assert any(row["left"] < row["cells"] for row in rows)
     else:
         assert any(row["state"] == "done" for row in rows)
+
+
+def test_stored_rows_have_the_trials_that_their_rates_came_from(tmp_path):
+    recipe = RECIPES / "study" / "mc-smoe.yaml"
+    progress = Progress(load_recipe(recipe, ComparisonRecipe, [f"output={tmp_path}"]))
+    Records(RESULTS / STORED["mc-smoe"]).restore(progress.store)
+    done = [cell for cell in progress.every if progress.is_done(cell.id)]
+    tasks = {cell.task for cell in done if needs_search(progress.study, cell.variant)}
+    assert tasks and all(progress.rates(task).chosen for task in tasks)
 
 
 @pytest.mark.parametrize(

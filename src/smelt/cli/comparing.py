@@ -27,12 +27,12 @@ def compare(
     records: "Records | None" = None,
 ) -> None:
     """Run what is not done, then show the tables; or one of the two; or list the jobs."""
-    from smelt.comparison.runner import check_part, check_settings, restore, run_comparison
+    from smelt.comparison.runner import check_part, check_settings, run_comparison
     from smelt.comparison.schedule import Progress
 
     check_part(read, only)
     if records is not None and (dry_run or table):
-        restore(Progress(read), records)
+        records.restore(Progress(read).store)
     if dry_run:
         check_settings(Progress(read, only))
         _list(screen, read, only)

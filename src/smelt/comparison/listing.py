@@ -13,6 +13,7 @@ def listing(study: ComparisonRecipe, only: str | None = None) -> list[dict[str, 
     """The start, trials and cells in the order of running, as rows of a table."""
     progress = Progress(study, only)
     states, rows = progress.states(), []
+    states |= dict.fromkeys(states.keys() & progress.lacking(), "again: its weights are gone")
     begin = progress.works.beginning()
     if begin is not None:
         rows.append(_row(START, begin, _state(progress, START)))

@@ -1,9 +1,7 @@
 """`run_comparison`: every cell in a process of its own, by the runner of studies."""
 
 import sys
-from collections.abc import Collection, Sequence
 
-from smelt.comparison.cells import Cell
 from smelt.comparison.schedule import Job, Progress
 from smelt.comparison.settings import ComparisonRecipe
 from smelt.comparison.works import START
@@ -70,9 +68,12 @@ def run_comparison(
     def begin() -> None:
         if records is not None:
             records.check_writable()
-            restore(progress, records)
+            records.restore(progress.store)
         check_settings(progress)
-        _forget_lacking(progress, progress.asked)
+        _forget_lacking(progress)
+        if records is not None:
+            names = [cell.id for cell in progress.every] + [name for name, _ in progress.trials()]
+            records.complete(progress.store, filter(progress.is_done, names))
         dump_recipe(study, progress.store.folder / "comparison.yaml")
         progress.tidy()
 
@@ -102,25 +103,14 @@ def run_comparison(
     )
 
 
-def restore(progress: Progress, records: Records) -> None:
-    """Lay out records; a model that others are still to be made from is left to be made again.
+def _forget_lacking(progress: Progress) -> None:
+    """Forget finished models that are gone and that what is asked for is still to be made from.
 
-    If it then turns out to be another one (of another start, or on a machine that rounds
-    otherwise), what was made from the recorded one is made again too.
+    If one that is then made again turns out to be another (of another start, or on a machine that
+    rounds otherwise), what was made from the first is made again too.
     """
-    restored = set(records.restore(progress.store))
-    _forget_lacking(progress, progress.every, restored)
-
-
-def _forget_lacking(
-    progress: Progress, asked: Sequence[Cell], names: Collection[str] | None = None
-) -> None:
-    """Forget finished models that are gone and needed (of these names; None: of all)."""
-    while lacking := [
-        name for name in progress.lacking(asked) if names is None or name in names
-    ]:  # what is forgotten may have been made from another one
-        for name in lacking:
-            forget(progress.store, name)
+    for name in progress.lacking():
+        forget(progress.store, name)
 
 
 def check_part(study: ComparisonRecipe, only: str | None) -> None:

@@ -1,7 +1,7 @@
 """What can be done next, in order, and which weights nothing needs any more: by what is on disk."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,15 +229,19 @@ class Progress:
         timed = self.study.latency
         return timed is not None and (cell.task, cell.seed) == (timed.task, timed.seed)
 
-    def lacking(self, asked: Sequence[Cell]) -> set[str]:
-        """Finished models that cells of `asked` are still to be made from, and that are gone."""
-        return {
+    def lacking(self) -> set[str]:
+        """Finished models that are gone, and that what is asked for is still to be made from."""
+        gone: set[str] = set()
+        while more := {
             cell.id
             for cell in self.every
-            if self.is_done(cell.id)
+            if cell.id not in gone
+            and self.is_done(cell.id)
             and not self._is_whole(cell)
-            and self.is_built_upon(cell, asked)
-        }
+            and self.is_built_upon(cell, self.asked, gone)
+        }:  # what is made again may be made from another one that is gone
+            gone |= more
+        return gone
 
     def _is_whole(self, cell: Cell) -> bool:
         """Whether a finished model has its weights and, a full one, its statistics."""
@@ -245,20 +249,27 @@ class Progress:
             return False
         return cell.variant != FULL or any(Path(self.works.stats(cell)).glob("*"))
 
-    def is_built_upon(self, cell: Cell, asked: Sequence[Cell] | None = None) -> bool:
+    def is_built_upon(
+        self, cell: Cell, asked: Sequence[Cell] | None = None, again: Container[str] = ()
+    ) -> bool:
         """Whether cells or trials that are made from this one are not done.
 
         Args:
             asked: cells that count, and the trials of their rates; None: all.
+            again: what is done and to be made again.
         """
         asked = self.every if asked is None else asked
+
+        def is_left(one: Cell) -> bool:
+            return not self.is_done(one.id) or one.id in again
+
         same = [one for one in asked if (one.task, one.seed) == (cell.task, cell.seed)]
         for one in same:
-            if cell in (one.full, self._after(one)) and one != cell and not self.is_done(one.id):
+            if cell in (one.full, self._after(one)) and one != cell and is_left(one):
                 return True
         search = self.study.heal_search
         if search is None or cell.seed != search.seed or not searched(self.study, cell.task):
             return False
         searching = [one for one in asked if needs_search(self.study, one.variant) is not None]
-        left = [one for one in searching if one.task == cell.task and not self.is_done(one.id)]
+        left = [one for one in searching if one.task == cell.task and is_left(one)]
         return bool(left) and not self.rates(cell.task).chosen

@@ -151,6 +151,8 @@ def run_operators(
             records.check_writable()
             records.restore(progress.store)
         check_settings(progress, wanted)
+        if records is not None:
+            records.complete(progress.store, [one.group.id for one in wanted])
         dump_recipe(study, progress.store.folder / "operators.yaml")
 
     def settle(job: Job) -> None:

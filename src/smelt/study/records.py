@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,14 +56,29 @@ class Records:
 
     def keep(self, store: Store, name: str) -> None:
         """Add the figures of a run that has just finished, or what was timed of the study."""
-        files = {
-            key: _content(key, path) for key, path in _places(store, name).items() if path.is_file()
-        }
+        files = _files(store, name)
         day = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
         line = {"name": name, "day": day, "machine": _processor(), "files": files}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open("at") as file:
             file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+    def complete(self, store: Store, names: Iterable[str]) -> None:
+        """Add the figures of those runs of which the file has nothing, or others than the store.
+
+        They were done by a process that was killed before it had written, or by one without a file.
+        """
+        known = self._latest()
+        for name in names:
+            files = _files(store, name)
+            if files and files != known.get(name):
+                self.keep(store, name)
+
+    def _latest(self) -> dict[str, dict[str, Any]]:
+        """What the file holds of each run."""
+        if not self.path.is_file():
+            return {}
+        return {line["name"]: line["files"] for line in self._lines()}
 
     def restore(self, store: Store) -> list[str]:
         """Lay out the records of runs of which the store has nothing; their names.
@@ -75,11 +90,8 @@ class Records:
             raise RecipeError(
                 f"{self.path}: is a folder. Name a file for the records, such as a.jsonl."
             )
-        if not self.path.is_file():
-            return []
-        latest = {line["name"]: line["files"] for line in self._lines()}
         restored = []
-        for name, files in latest.items():
+        for name, files in self._latest().items():
             places = _places(store, name)
             if store.is_begun(name) or any(path.exists() for path in places.values()):
                 continue
@@ -125,6 +137,12 @@ def _places(store: Store, name: str) -> dict[str, Path]:
         return {"json": store.folder / name}
     inside = {key: store.run(name) / key for key in INSIDE}
     return {kind: store.beside(name, kind) for kind in KINDS} | inside
+
+
+def _files(store: Store, name: str) -> dict[str, Any]:
+    """The files that say what came of a run, as far as they are there."""
+    places = _places(store, name)
+    return {key: _content(key, path) for key, path in places.items() if path.is_file()}
 
 
 def _content(key: str, path: Path) -> Any:

@@ -15,7 +15,7 @@ from smelt.errors import RecipeError
 from smelt.settings import dump_recipe
 from smelt.study.cells import cells, searches
 from smelt.study.records import Records, forget
-from smelt.study.schedule import Job, rates, ready
+from smelt.study.schedule import Job, finished, rates, ready
 from smelt.study.settings import OWN, StudyRecipe
 from smelt.study.store import Store, evaluation_of, slim
 
@@ -92,6 +92,8 @@ def run_study(
             records.check_writable()
             restore(study, store, records)
         check_settings(study, store)
+        if records is not None:
+            records.complete(store, finished(study, store))
         dump_recipe(study, store.folder / "study.yaml")
 
     def settle(job: Job) -> None:

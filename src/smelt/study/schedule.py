@@ -111,6 +111,22 @@ def all_rates(study: StudyRecipe, store: Store) -> dict[str, float | None]:
     return found
 
 
+def finished(study: StudyRecipe, store: Store) -> Iterator[str]:
+    """Names of the trials and cells of which nothing is left to be done."""
+    search = study.search
+    for name in study.parts if search else ():
+        assert search is not None
+        for one in searches(study, name):
+            for rate in rates(study, store, name).grid:
+                trial, _ = one.trial(search, rate)
+                if store.trial_nats(trial) is not None:
+                    yield trial
+    for cell in cells(study):
+        evaluation = evaluation_of(study, cell.part)
+        if store.is_trained(cell.id) and not store.lacking(cell.id, evaluation):
+            yield cell.id
+
+
 def states(study: StudyRecipe, store: Store, asked: Sequence[Cell]) -> dict[str, str]:
     """Where every cell stands: "done", or why it is not."""
     chosen = all_rates(study, store)
