@@ -71,7 +71,8 @@ class Records:
         known = self._latest()
         for name in names:
             files = _files(store, name)
-            if files and files != known.get(name):
+            said = json.dumps(files, sort_keys=True)  # as text: NaN is unlike itself
+            if files and said != json.dumps(known.get(name), sort_keys=True):
                 self.keep(store, name)
 
     def _latest(self) -> dict[str, dict[str, Any]]:
