@@ -1,6 +1,7 @@
 """Records side by side: what may stand in one row, and what may not."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,11 +75,12 @@ def test_a_checkpoint_without_one_of_the_tasks_has_no_mean(make_result: Make) ->
     assert set(quality.values) == {A}
 
 
-def answered(fingerprint: str, task: str, right: list[int], **changes: object) -> Answers:
+def answered(fingerprint: str, task: str, right: list[int], **changes: Any) -> Answers:
     names = tuple(map(str, range(len(right))))
-    values = {"sha256": "a" * 64, "aggregate": "mean", "harness": {"shots": 0}} | changes
+    asked: dict[str, Any] = {"sha256": "a" * 64, "aggregate": "mean", "harness": {"shots": 0}}
+    asked |= {"task": task, "metric": "acc", "source": task} | changes
     columns = np.array(right, dtype=np.float64)[:, None]
-    one = Outcome(task=task, metric="acc", columns=columns, names=names, source=task, **values)  # type: ignore[arg-type]
+    one = Outcome(columns=columns, names=names, **asked)
     return Answers(fingerprint[:4], fingerprint, "float32", "cpu", (one,))
 
 

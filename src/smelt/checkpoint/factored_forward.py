@@ -189,10 +189,8 @@ def _product(
 
 
 def _vectors_serve(x: Tensor) -> bool:
-    """Whether products of a matrix and a vector are the faster ones for a single row."""
-    is_plain = (
-        x.dtype == torch.float32 and x.device.type == "cpu"
-    )  # float16 takes four times as long
+    """Whether products of a matrix and a vector are the faster ones for a row: not in float16."""
+    is_plain = x.dtype == torch.float32 and x.device.type == "cpu"
     return is_plain and not torch.is_grad_enabled()
 
 

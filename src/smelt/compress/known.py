@@ -24,10 +24,8 @@ class Known:
         self.found: dict[str, LayerStats] = {}
         self._one_shot = one_shot
         self._seed = plan.recipe.seed
-        self._banks, self._routers = (
-            bank_reader(checkpoint, facts),
-            router_reader(checkpoint, facts),
-        )
+        self._banks = bank_reader(checkpoint, facts)
+        self._routers = router_reader(checkpoint, facts)
         self._positions = {layer.name: i for i, layer in enumerate(plan.layers)}
 
     def stats(self, name: str) -> LayerStats | None:
