@@ -7,6 +7,7 @@ import pytest
 
 from commands import smelt
 from smelt.errors import RecipeError
+from smelt.study.cells import cells
 from smelt.study.records import Records
 from smelt.study.runner import run_study
 from smelt.study.store import Store
@@ -132,6 +133,21 @@ def test_tables_are_shown_from_records_alone(make, worker, tmp_path):
     said = smelt("study", tmp_path / "study.yaml", "--table", "--records", path).out
     assert "core/samoe" in said and "Unfinished" not in said
     assert not list(Path(there.output).rglob("*.safetensors"))
+
+
+def test_tables_show_a_run_that_more_is_asked_of_than_was_recorded(make, worker, tmp_path):
+    from smelt.settings import dump_recipe
+
+    path = tmp_path / "records.jsonl"
+    run_study(make(), records=Records(path))
+    assert worker()
+    shown = [row["row"] for row in results(make())["rows"]]
+    more = make(output=str(tmp_path / "there"), evaluation={"tasks": ["blimp"]})
+    dump_recipe(more, tmp_path / "study.yaml")
+    said = smelt("study", tmp_path / "study.yaml", "--table", "--records", path, "--json").json
+    assert shown and [row["row"] for row in said["rows"]] == shown
+    again = "not evaluated: blimp; again: its weights are gone"
+    assert said["unfinished"] == dict.fromkeys((cell.id for cell in cells(more)), again)
 
 
 def test_from_python_a_study_is_one_call(values, worker, tmp_path):

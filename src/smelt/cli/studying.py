@@ -62,7 +62,6 @@ def study(
     os.environ.setdefault("TQDM_DISABLE", "1")
     from smelt.settings import find_recipe, load_recipe, read_values
     from smelt.study.records import Records
-    from smelt.study.runner import restore
     from smelt.study.settings import StudyRecipe
     from smelt.study.store import Store
 
@@ -92,7 +91,7 @@ def study(
         raise RecipeError("--latency is of comparisons; a study of training has --decode.")
     read = load_recipe(recipe, StudyRecipe, settings or ())
     if kept is not None and (dry_run or table):
-        restore(read, Store(read.output), kept)
+        kept.restore(Store(read.output))
     if dry_run:
         _list(screen, read, only)
         return

@@ -15,9 +15,9 @@ from smelt.errors import RecipeError
 from smelt.settings import dump_recipe
 from smelt.study.cells import cells, searches
 from smelt.study.records import Records, forget
-from smelt.study.schedule import Job, finished, rates, ready
+from smelt.study.schedule import Job, finished, gone, rates, ready
 from smelt.study.settings import OWN, StudyRecipe
-from smelt.study.store import Store, evaluation_of, slim
+from smelt.study.store import Store, slim
 
 _GRACE = 20.0
 """Seconds for processes to end, when asked to and when an earlier run of the study was killed."""
@@ -70,7 +70,8 @@ def run_study(
     """Do all of a study that is not done yet.
 
     What is finished is left as it is; what a kill interrupted goes on; what failed is tried once
-    more in each call. A failure stops nothing but what depends on it.
+    more in each call. A failure stops nothing but what depends on it. A cell of which something
+    more is asked, and whose weights are gone, is trained again.
 
     Args:
         study: every cell follows from it.
@@ -90,8 +91,10 @@ def run_study(
     def begin() -> None:
         if records is not None:
             records.check_writable()
-            restore(study, store, records)
+            records.restore(store)
         check_settings(study, store)
+        for name in gone(study, store, only):
+            forget(store, name)
         if records is not None:
             records.complete(store, finished(study, store))
         dump_recipe(study, store.folder / "study.yaml")
@@ -161,14 +164,6 @@ def carry_out(
                     _settle(one, store, ran, settle, on_job)
         finally:
             _stop(pool)
-
-
-def restore(study: StudyRecipe, store: Store, records: Records) -> None:
-    """Lay out records; a cell that something more is asked of is left to be trained again."""
-    restored = set(records.restore(store))
-    for cell in cells(study):
-        if cell.id in restored and store.lacking(cell.id, evaluation_of(study, cell.part)):
-            forget(store, cell.id)
 
 
 def check_part(study: StudyRecipe, only: str | None) -> None:

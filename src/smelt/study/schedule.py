@@ -127,6 +127,19 @@ def finished(study: StudyRecipe, store: Store) -> Iterator[str]:
             yield cell.id
 
 
+def gone(study: StudyRecipe, store: Store, only: str | None = None) -> list[str]:
+    """Names of trained cells that are still to be evaluated and whose weights are not there.
+
+    Records hold no weights; where more is asked than was recorded, they have to be made again.
+    """
+    return [cell.id for cell in cells(study, only) if _is_gone(study, store, cell)]
+
+
+def _is_gone(study: StudyRecipe, store: Store, cell: Cell) -> bool:
+    is_there = not store.is_trained(cell.id) or store.has_weights(cell.id)
+    return not is_there and bool(store.lacking(cell.id, evaluation_of(study, cell.part)))
+
+
 def states(study: StudyRecipe, store: Store, asked: Sequence[Cell]) -> dict[str, str]:
     """Where every cell stands: "done", or why it is not."""
     chosen = all_rates(study, store)
@@ -142,7 +155,8 @@ def _state(study: StudyRecipe, store: Store, cell: Cell, chosen: Mapping[str, fl
     if reason is not None:
         return f"failed: {reason}"
     if is_trained:
-        return f"not evaluated: {', '.join(lacking)}"
+        again = "; again: its weights are gone" if _is_gone(study, store, cell) else ""
+        return f"not evaluated: {', '.join(lacking)}{again}"
     if cell.search is not None and chosen.get(cell.search) is None:
         missing = "no rate trains" if cell.search in chosen else "learning rate not found yet"
         return f"{missing} ({cell.search})"
