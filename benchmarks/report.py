@@ -11,7 +11,6 @@ the page is opened in headless Chromium five times, each time in a new browser, 
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -90,6 +89,10 @@ def write_measurements(folder: Path, num_layers: int) -> None:
     """Drawn scores, layer errors and decode times of the original and three others."""
     import random
 
+    from smelt.bench import file as bench_file
+    from smelt.bench.file import Bench
+    from smelt.bench.records import CheckpointCost, DecodeStep
+    from smelt.bench.roofline import Rates
     from smelt.evaluate.results import Result
     from smelt.evaluate.results import save as save_results
 
@@ -130,32 +133,40 @@ def write_measurements(folder: Path, num_layers: int) -> None:
     save_results(found, folder / "results.json")
     sizes = dict(zip(names, (61e9, 33e9, 32e9, 18e9), strict=True))
     costs = [
-        {
-            "checkpoint": name,
-            "fingerprint": mark,
-            "folder_bytes": int(sizes[name]),
-            "peak_memory_bytes": sizes[name] * 1.1,
-            "flops_per_token": 6.6e9,
-        }
+        CheckpointCost(
+            checkpoint=name,
+            fingerprint=mark,
+            folder_bytes=int(sizes[name]),
+            dtype="bfloat16",
+            peak_memory_bytes=int(sizes[name] * 1.1),
+            flops_per_token=6.6e9,
+        )
         for name, mark in names.items()
     ]
     steps = [
-        {
-            "checkpoint": name,
-            "fingerprint": mark,
-            "batch": batch,
-            "context": 0,
-            "ms": sizes[name] / 1e9 * (1 + batch / 40),
-            "flops": 6.6e9 * batch,
-            "bytes_read": sizes[name] / 9 * (1 + batch / 20),
-        }
+        DecodeStep(
+            checkpoint=name,
+            fingerprint=mark,
+            batch=batch,
+            context=0,
+            steps=16,
+            dtype="bfloat16",
+            device="cpu",
+            threads=1,
+            turns=9,
+            ms=sizes[name] / 1e9 * (1 + batch / 40),
+            ms_median=sizes[name] / 1e9 * (1 + batch / 40),
+            processor_ms=sizes[name] / 1e9 * (1 + batch / 40),
+            flops=6.6e9 * batch,
+            bytes_read=sizes[name] / 9 * (1 + batch / 20),
+        )
         for name, mark in names.items()
         for batch in (1, 8, 32)
     ]
-    value = {"version": 2, "kind": "bench", "machine": {"processor": "drawn", "threads": 1}}
-    rates = {"memory": 2e10, "flops": {"1": 4e10, "8": 2e11, "32": 6e11}}
-    value |= {"rates": rates, "checkpoints": costs, "decode": steps, "prefill": []}
-    (folder / "bench.json").write_text(json.dumps(value))
+    rates = Rates(memory=2e10, flops={1: 4e10, 8: 2e11, 32: 6e11})
+    machine = {"processor": "drawn", "threads": 1}
+    bench = Bench(machine, rates, rates, {}, checkpoints=costs, decode=steps)
+    bench_file.save(bench, folder / "bench.json")
 
 
 def make_page(folder: Path) -> tuple[float, float]:

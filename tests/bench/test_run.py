@@ -1,6 +1,7 @@
 """One command measures everything of any checkpoints, and its file says all of it again."""
 
 import json
+import re
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -151,6 +152,7 @@ def test_products_of_more_rows_than_are_measured_have_the_rate_of_the_most():
     rates = Rates(1.0, None, {1: 2.0, 256: 7.0})
     assert rates.flops_at(1) == rates.flops_at(100) == 2.0
     assert rates.flops_at(256) == rates.flops_at(4096) == 7.0
+    assert Rates(flops={8: 5.0}).flops_at(1) == 5.0
 
 
 def test_a_process_of_its_own_holds_the_weights_and_little_more():
@@ -166,32 +168,43 @@ def test_a_process_of_its_own_holds_the_weights_and_little_more():
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_a_file_of_version_1_is_read(saved, tmp_path):
-    found = file.load(saved[0])
-    new = ("fingerprint", "ms_turns", "spread", "waiting", "share_of_copy")
-    steps = [{k: v for k, v in asdict(s).items() if k not in new} for s in found.decode]
-    rates = {"memory": 1.0, "cache": None, "flops": {"1": 2.0}}
-    old = {"steps": steps, "rates": rates, "processor_rates": rates, "machine": {}}
-    (tmp_path / "old.json").write_text(json.dumps(old))
-    read = file.load(tmp_path / "old.json")
-    assert [s.ms for s in read.decode] == [s.ms for s in found.decode]
-    assert read.decode[0].fingerprint is None and read.rates.flops == {1: 2.0}
-    assert read.checkpoints == [] and read.quiet == {}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "cannot be read as a bench file"),
-        ("[]", "cannot be read as a bench file"),
+        ("[]", "not a bench file"),
         ('{"version": 1, "results": []}', "not a bench file"),
-        ('{"version": 3, "kind": "bench"}', "of version 3, and this smelt reads 1 and 2"),
-        ('{"version": 2, "kind": "bench"}', "cannot be read as a bench file"),
+        ('{"steps": [], "rates": {}, "machine": {}}', "of version 1, and this smelt reads 2"),
+        ('{"version": 3, "kind": "bench"}', "of version 3, and this smelt reads 2"),
+        ('{"version": 2, "kind": "bench"}', "machine: Field required. .* edited or cut short"),
     ],
 )
 def test_a_file_that_is_no_bench_file_is_named(text, message, tmp_path):
     (tmp_path / "b.json").write_text(text)
     with pytest.raises(SmeltError, match=message):
+        file.load(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("decode.0.ms_median", -1.0),
+        ("decode.0.ms", 0),
+        ("decode.1.context", -4),
+        ("prefill.0.batch", 0),
+        ("checkpoints.1.folder_bytes", "many"),
+        ("rates.flops", {}),
+    ],
+)
+def test_an_edited_value_is_named_by_its_place(saved, tmp_path, place, value):
+    found = json.loads(saved[0].read_text())
+    *parents, last = place.split(".")
+    held = found
+    for name in parents:
+        held = held[int(name) if name.isdigit() else name]
+    held[last] = value
+    (tmp_path / "b.json").write_text(json.dumps(found))
+    with pytest.raises(SmeltError, match=f"{re.escape(place)}: .* edited or cut short"):
         file.load(tmp_path / "b.json")
 
 

@@ -66,7 +66,7 @@ def bench_file(path: Path, fingerprints: Mapping[str, str], **changes: Any) -> P
             "folder_bytes": 1000 - 300 * i,
             "peak_memory_bytes": 2000 - 300 * i,
             "flops_per_token": 500.0,
-            "load_seconds": None,
+            "dtype": "float32",
         }
         for i, name in enumerate(names)
     ]
@@ -76,6 +76,12 @@ def bench_file(path: Path, fingerprints: Mapping[str, str], **changes: Any) -> P
             "fingerprint": fingerprints[name],
             "batch": batch,
             "context": 0,
+            "dtype": "float32",
+            "device": "cpu",
+            "threads": 1,
+            "turns": 3,
+            "steps": 4,
+            "processor_ms": 2.0,
             "ms": 2.0,
             "ms_median": 2.5 * batch - 0.5 * i,
             "flops": 1e6 * batch,
@@ -84,11 +90,13 @@ def bench_file(path: Path, fingerprints: Mapping[str, str], **changes: Any) -> P
         for i, name in enumerate(names)
         for batch in (1, 4)
     ]
+    rates = {"memory": 1e10, "cache": None, "flops": {"1": 2e10, "4": 4e10}}
     value = {
         "version": 2,
         "kind": "bench",
         "machine": {"processor": "test", "threads": 1},
-        "rates": {"memory": 1e10, "cache": None, "flops": {"1": 2e10, "4": 4e10}},
+        "rates": rates,
+        "processor_rates": rates,
         "quiet": {"is_quiet": False, "reasons": ["turns vary"]},
         "checkpoints": costs,
         "decode": steps,

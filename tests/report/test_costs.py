@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from smelt.bench.file import Bench
+from smelt.bench.records import DecodeStep
 from smelt.errors import RecipeError
-from smelt.report.bench import Bench
 from smelt.report.costs import Point, beaten_by, check_machines, front
-from smelt.report.draw_speed import peak_of
 
 _VALUES = st.tuples(st.integers(0, 6), st.integers(0, 6))
 
@@ -52,20 +52,18 @@ def test_what_is_beaten_names_one_on_the_front_that_is_no_worse_in_both(
 
 
 def test_decode_times_of_two_machines_are_not_held_against_each_other() -> None:
-    step = {"checkpoint": "a", "fingerprint": "f", "batch": 1, "context": 0, "ms": 1.0}
+    how = {"batch": 1, "context": 0, "steps": 1, "dtype": "float32", "device": "cpu", "turns": 1}
+    times = {"ms": 1.0, "ms_median": 1.0, "processor_ms": 1.0}
 
-    def bench(processor: str) -> Bench:
-        return Bench.model_validate({"machine": {"processor": processor}, "decode": [step]})
+    def bench(processor: str, threads: int = 1) -> Bench:
+        step = DecodeStep(checkpoint="a", fingerprint="f", threads=threads, **how, **times)  # type: ignore[arg-type]
+        return Bench({"processor": processor}, None, None, {}, decode=[step])
 
     check_machines([bench("one"), bench("one")])
     with pytest.raises(RecipeError, match="different machines"):
         check_machines([bench("one"), bench("another")])
-
-
-def test_a_roof_is_that_of_the_most_rows_that_were_tried_and_are_no_more() -> None:
-    peaks = {1: 10.0, 8: 50.0, 64: 90.0}
-    assert [peak_of(peaks, n) for n in (1, 7, 8, 512)] == [10.0, 10.0, 50.0, 90.0]
-    assert peak_of({8: 50.0}, 1) == 50.0
+    with pytest.raises(RecipeError, match="one / 1 threads / float32 / cpu; one / 2 threads"):
+        check_machines([bench("one"), bench("one", 2)])
 
 
 def test_a_difference_on_the_same_sequences_is_better_known_than_on_others() -> None:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from smelt.bench.records import CheckpointCost, DecodeStep, PrefillRun, Timed
 from smelt.bench.roofline import Rates
 from smelt.errors import SmeltError
@@ -47,22 +49,33 @@ class Bench:
             decode=[*self.decode, *steps],
         )
 
+    @property
+    def cells(self) -> list[Timed]:
+        """All that was timed."""
+        return [*self.decode, *self.prefill]
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why the machine was not quiet; none: it was, or that was not told."""
+        return [] if self.quiet.get("is_quiet", True) else list(self.quiet["reasons"])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What else was warned of."""
+        return [text for text in self.warnings if not text.startswith("not quiet")]
+
     def points(self) -> list[dict[str, Any]]:
         """A roofline's points, one for each cell whose bytes and FLOPs are known."""
-        cells: list[tuple[str, Timed]] = [
-            *((f"decode, batch {s.batch}, context {s.context}", s) for s in self.decode),
-            *((f"prefill, length {p.length}", p) for p in self.prefill),
-        ]
         return [
             {
                 "checkpoint": one.checkpoint,
                 "fingerprint": one.fingerprint,
-                "cell": name,
+                "cell": one.name,
                 "flops_per_byte": one.flops / one.bytes_read,
                 "flops_per_second": one.flops / one.ms_median * 1e3,
                 "bytes_per_second": one.bytes_read / one.ms_median * 1e3,
             }
-            for name, one in cells
+            for one in self.cells
             if one.flops is not None and one.bytes_read
         ]
 
@@ -80,47 +93,38 @@ def save(found: Bench, path: Path) -> None:
 
 
 def load(path: str | Path) -> Bench:
-    """The run of a file, of version 2 or 1 (decode steps without fingerprints).
+    """The run of a file.
 
     Raises:
-        SmeltError: not such a file, or of a later version.
+        SmeltError: not such a file, of another version, edited or cut short.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        if found.get("version", 1) == 1 and "steps" in found:
-            unknown = {"fingerprint": None}
-            found |= {"version": 1, "decode": [unknown | step for step in found["steps"]]}
-        elif found.get("kind") != "bench":
-            raise SmeltError(f"{path}: not a bench file. `smelt bench A B -o FILE` makes one.")
-        elif found["version"] != VERSION:
-            raise SmeltError(
-                f"{path}: a bench file of version {found['version']}, and this smelt reads 1 and "
-                f"{VERSION}."
-            )
-        return Bench(
-            machine=found["machine"],
-            rates=_rates(found["rates"]),
-            processor_rates=_rates(found["processor_rates"]),
-            quiet=found.get("quiet", {}),
-            checkpoints=[CheckpointCost(**one) for one in found.get("checkpoints", ())],
-            decode=[DecodeStep(**_frozen(one)) for one in found.get("decode", ())],
-            prefill=[PrefillRun(**_frozen(one)) for one in found.get("prefill", ())],
-            warnings=found.get("warnings", ()),
-            settings=found.get("settings", {}),
-        )
     except FileNotFoundError:
         raise SmeltError(f"{path}: there is no such bench file. Check the path.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise SmeltError(f"{path}: cannot be read as a bench file ({error}).") from None
+    if not (isinstance(found, dict) and is_bench(found)):
+        raise SmeltError(f"{path}: not a bench file. `smelt bench A B -o FILE` makes one.")
+    if found.get("version", 1) != VERSION:
+        raise SmeltError(
+            f"{path}: a bench file of version {found.get('version', 1)}, and this smelt reads "
+            f"{VERSION}. Measure again with `smelt bench A B -o FILE`."
+        )
+    try:
+        return _BENCH.validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SmeltError(
+            f"{path}: {where}: {first['msg']}. The bench file was edited or cut short: measure "
+            "again with `smelt bench A B -o FILE`."
+        ) from None
 
 
-def _rates(values: Mapping[str, Any] | None) -> Rates | None:
-    if values is None:
-        return None
-    flops = {int(rows): rate for rows, rate in values["flops"].items()}
-    return Rates(**{**values, "flops": flops})
+def is_bench(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object means to be a bench file, this version's or the first one's."""
+    return value.get("kind") == "bench" or {"steps", "rates", "machine"} <= value.keys()
 
 
-def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry with tuples where JSON has lists."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+_BENCH = TypeAdapter(Bench)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -9,32 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from smelt.bench.roofline import Rates
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timed:
+class Timed(ABC):
     """What every timed cell says; rates are of the fastest turn."""
 
     checkpoint: str
-    fingerprint: str | None
-    batch: int
+    fingerprint: str  # empty: of a model that is no checkpoint on disk
+    batch: PositiveInt
     dtype: str
     device: str
     threads: int
     turns: int
-    ms: float  # of the fastest turn
-    ms_median: float  # of the turns
+    ms: PositiveFloat  # of the fastest turn
+    ms_median: PositiveFloat  # of the turns
     processor_ms: float  # of the turn with the least
     ms_turns: tuple[float, ...] = ()
     spread: float | None = None  # of two runs' medians, by the turns (`smelt.bench.quiet`)
     waiting: float | None = None  # share of the time off the processor, of one thread
-    bytes_read: float | None = None  # the experts that were reached
+    bytes_read: NonNegativeFloat | None = None  # the experts that were reached
     distinct_experts: tuple[float, ...] | None = None  # by MoE layer, the mean over what was timed
     gigabytes_per_second: float | None = None
     share_of_copy: float | None = None  # of the rate of copying memory
-    flops: float | None = None
+    flops: NonNegativeFloat | None = None
     byte_floor_ms: float | None = None
     flop_floor_ms: float | None = None
     floor_ms: float | None = None  # the larger of the two
@@ -43,6 +45,21 @@ class Timed:
     ratio: float | None = None  # ms ÷ floor
     processor_ratio: float | None = None  # the same by processor time, the floor's rates too
 
+    @property
+    def num_bytes(self) -> float | None:
+        """What was read: of the experts that were reached, as far as that is known."""
+        return self.bytes_read
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What was timed, in words."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of input at a time."""
+        return self.batch
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeStep(Timed):
@@ -50,17 +67,34 @@ class DecodeStep(Timed):
 
     skip_alpha: float | None = None
     kept_entries: tuple[int, ...] | None = None  # by MoE layer
-    context: int
+    context: NonNegativeInt
     steps: int
-    bytes_predicted: float | None = None  # uniform routing
+    bytes_predicted: NonNegativeFloat | None = None  # uniform routing
+
+    @property
+    def num_bytes(self) -> float | None:
+        """What a step reads: of the experts that were reached, or by uniform routing."""
+        return self.bytes_predicted if self.bytes_read is None else self.bytes_read
+
+    @property
+    def name(self) -> str:
+        return f"decode, batch {self.batch}, context {self.context}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillRun(Timed):
     """One model's reading of texts of one length; a time is of the whole batch."""
 
-    length: int
-    tokens_per_second: float  # by the median
+    length: PositiveInt
+    tokens_per_second: NonNegativeFloat  # by the median
+
+    @property
+    def name(self) -> str:
+        return f"prefill, batch {self.batch}, length {self.length}"
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch * self.length
 
 
 @dataclass(frozen=True)
@@ -69,15 +103,15 @@ class CheckpointCost:
 
     checkpoint: str
     fingerprint: str
-    folder_bytes: int  # weight files on disk
+    folder_bytes: NonNegativeInt  # weight files on disk
     dtype: str  # that was measured in, not of the files
-    parameters: int | None = None
-    active_parameters: float | None = None  # one token's, its tables whole
-    flops_per_token: float | None = None  # executed by a decode step without context
-    load_seconds: float | None = None  # files in the page cache to weights on the device
-    weights_memory_bytes: int | None = None  # more than the process held before
-    load_peak_bytes: int | None = None  # while loading
-    peak_memory_bytes: int | None = None  # while running what `peak_of` says
+    parameters: NonNegativeInt | None = None
+    active_parameters: NonNegativeFloat | None = None  # one token's, its tables whole
+    flops_per_token: NonNegativeFloat | None = None  # executed by a decode step without context
+    load_seconds: NonNegativeFloat | None = None  # files in the page cache to weights on the device
+    weights_memory_bytes: NonNegativeInt | None = None  # more than the process held before
+    load_peak_bytes: NonNegativeInt | None = None  # while loading
+    peak_memory_bytes: NonNegativeInt | None = None  # while running what `peak_of` says
     peak_of: dict[str, int] | None = None
 
 

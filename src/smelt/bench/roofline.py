@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,19 +25,27 @@ SHAPES = {"cpu": ((4096, 1024), (1024, 4096)), "cuda": ((16384, 4096), (4096, 16
 MOST_ROWS = 256
 """Of a product whose rate is measured: with more, it is no faster for its FLOPs."""
 
+_ByRows = Annotated[dict[int, PositiveFloat], Field(min_length=1)]
+
 
 @dataclass
 class Rates:
     """The best that was measured of a machine, at one dtype."""
 
-    memory: float = 0.0  # bytes per second, out of a buffer far larger than the cache
-    cache: float | None = None  # bytes per second, out of the last cache; None: not measured (GPUs)
-    flops: dict[int, float] = field(default_factory=dict)  # per second, by rows of input
+    memory: NonNegativeFloat = 0.0  # bytes per second, out of a buffer far larger than the cache
+    cache: PositiveFloat | None = (
+        None  # bytes per second, out of the last cache; None: not measured (GPUs)
+    )
+    flops: _ByRows = field(default_factory=dict)  # per second, by rows of input
     copy: float | None = None  # bytes per second, read and written, of a copy in memory
 
     def flops_at(self, rows: int) -> float:
-        """FLOPs per second of products of so many rows, or of the most that were measured."""
-        return self.flops.get(rows) or self.flops[max(r for r in self.flops if r <= rows)]
+        """FLOPs per second of products of so many rows: as of the most measured that are no more.
+
+        Of fewer rows than any that were measured: as of the fewest.
+        """
+        measured = [r for r in self.flops if r <= rows]
+        return self.flops[max(measured) if measured else min(self.flops)]
 
 
 @dataclass

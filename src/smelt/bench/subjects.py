@@ -34,7 +34,7 @@ class Subject:
     threshold: float | None = None
     kept: tuple[int, ...] | None = None  # pool entries run, by MoE layer
     layers: tuple[MoeLayer, ...] | None = ()  # of stock families; None: experts we do not know
-    fingerprint: str | None = None
+    fingerprint: str = ""
 
     def num_stored(self, calls: Sequence[Sequence[Tensor]]) -> list[int]:
         """By MoE layer, how many experts there are weights for."""
@@ -94,7 +94,7 @@ def in_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) 
     return model
 
 
-def subject(model: PreTrainedModel, name: str, fingerprint: str | None = None) -> Subject:
+def subject(model: PreTrainedModel, name: str, fingerprint: str = "") -> Subject:
     """A model in memory as a subject."""
     if isinstance(model, SaMoEForCausalLM):
         cost = SaMoECost(cast(SaMoEConfig, model.config))

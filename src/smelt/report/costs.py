@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import variance
 
+from smelt.bench.file import Bench
+from smelt.bench.records import CheckpointCost
 from smelt.errors import RecipeError
-from smelt.report.bench import Bench, Cost, Step
 from smelt.report.material import Material
 from smelt.report.quality import Parts, Quality
 
@@ -72,14 +73,13 @@ def read_costs(material: Material) -> Costs:
     for bench in material.benches:
         for cost in bench.checkpoints:
             _take(found, cost)
-            if cost.folder_bytes is not None:
-                predicted.discard(cost.fingerprint)
+            predicted.discard(cost.fingerprint)
     at, times = _decode(material.benches)
     found["decode"] = times
     return Costs(found, at, frozenset(predicted))
 
 
-def _take(found: dict[str, dict[str, float]], cost: Cost) -> None:
+def _take(found: dict[str, dict[str, float]], cost: CheckpointCost) -> None:
     values = {
         "bytes": cost.folder_bytes,
         "memory": cost.peak_memory_bytes,
@@ -93,13 +93,12 @@ def _take(found: dict[str, dict[str, float]], cost: Cost) -> None:
 def _decode(benches: Sequence[Bench]) -> tuple[tuple[int, int] | None, dict[str, float]]:
     """The setting that most checkpoints were timed at (the smallest of them), and its times."""
     check_machines(benches)
-    steps = [s for bench in benches for s in bench.decode if s.time is not None]
+    steps = [step for bench in benches for step in bench.decode]
     if not steps:
         return None, {}
     held: dict[tuple[int, int], dict[str, float]] = {}
     for step in steps:
-        assert step.time is not None
-        held.setdefault((step.batch, step.context), {})[step.fingerprint] = step.time
+        held.setdefault((step.batch, step.context), {})[step.fingerprint] = step.ms_median
     most = max(len(times) for times in held.values())
     at = min(key for key, times in held.items() if len(times) == most)
     return at, held[at]
@@ -122,15 +121,13 @@ def check_machines(benches: Sequence[Bench]) -> None:
 
 
 def _ground(bench: Bench) -> tuple[str, ...]:
-    def of_steps(name: str) -> str:
-        values = {str((step.model_extra or {}).get(name, "")) for step in bench.decode}
-        return ", ".join(sorted(values - {""}))
-
     machine = bench.machine
-    threads = machine.get("threads") or of_steps("threads")
+    threads = sorted({str(step.threads) for step in bench.decode})
+    kinds = sorted({(step.dtype, step.device) for step in bench.decode})
     names = [str(machine[key]) for key in ("processor", "gpu") if machine.get(key)]
     name = ", ".join(names) or "unknown machine"
-    return (name, f"{threads} threads", of_steps("dtype"), of_steps("device"))
+    of_steps = [", ".join(dict.fromkeys(words)) for words in zip(*kinds, strict=True)]
+    return (name, f"{', '.join(threads)} threads", *of_steps)
 
 
 def points(quality: Quality, costs: Mapping[str, float]) -> list[Point]:
@@ -165,8 +162,3 @@ def beaten_by(one: Point, found: Sequence[Point], *, is_lower_better: bool) -> P
     cheaper = [other for other in on_front if other.cost <= one.cost]
     sign = 1 if is_lower_better else -1
     return min(cheaper, key=lambda other: (sign * other.value, other.cost))
-
-
-def timed_steps(benches: Sequence[Bench]) -> list[Step]:
-    """Decode steps with a time, in the order of the files."""
-    return [step for bench in benches for step in bench.decode if step.time is not None]

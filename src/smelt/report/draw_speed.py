@@ -3,22 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smelt.report.bench import Bench, Timed
+from smelt.bench.file import Bench
+from smelt.bench.records import Timed
+from smelt.bench.roofline import Rates
 from smelt.report.blocks import Figure, Table, count, rounded, size
-from smelt.report.costs import timed_steps
 from smelt.report.draw_plans import Spec, layout, series
 from smelt.report.names import Subjects
 
 
 def decode(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     """Milliseconds per step against batch, a line per checkpoint and context."""
-    steps = timed_steps(benches)
+    steps = [step for bench in benches for step in bench.decode]
     if not steps:
         return None
     lines: dict[tuple[str, int], dict[int, float]] = {}
     for step in steps:
-        assert step.time is not None
-        lines.setdefault((step.fingerprint, step.context), {})[step.batch] = step.time
+        lines.setdefault((step.fingerprint, step.context), {})[step.batch] = step.ms_median
     contexts = {context for _, context in lines}
     data, rows = [], []
     for number, ((fingerprint, context), times) in enumerate(lines.items()):
@@ -43,10 +43,10 @@ def decode(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     shape = layout("batch", "ms per step")
     shape["xaxis"] |= {"type": "log", "tickvals": sorted({s.batch for s in steps})}
     shape["yaxis"] |= {"type": "log", "exponentformat": "none"}
-    fastest = min(steps, key=lambda s: (s.batch, s.time or 0.0))
+    fastest = min(steps, key=lambda s: (s.batch, s.ms_median))
     words = (
         f"At batch {fastest.batch} {subjects[fastest.fingerprint].label} is the fastest with "
-        f"{fastest.time:.3g} ms per step (median of the turns)."
+        f"{fastest.ms_median:.3g} ms per step (median of the turns)."
     )
     return Figure(
         "decode",
@@ -62,19 +62,18 @@ def decode(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
 def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     """FLOPs per second against FLOPs per byte, beneath the measured roofs of this machine."""
     for bench in benches:
-        memory, peaks = bench.memory_rate, bench.flop_rates()
-        steps = [s for s in (*bench.decode, *bench.prefill) if s.time and s.flops and s.num_bytes]
-        if memory and peaks and steps:
+        rates, steps = bench.rates, [s for s in bench.cells if s.flops and s.num_bytes]
+        if rates is not None and steps:
             break
     else:
         return None
-    peak = max(peaks.values())
+    memory, peak = rates.memory, max(rates.flops.values())
     names = list(dict.fromkeys(step.fingerprint for step in steps))
     rows: list[dict[str, Any]] = []
     data: list[Spec] = []
     for number, fingerprint in enumerate(names):
         label = subjects[fingerprint].label
-        own = [_beneath(s, bench, memory, label) for s in steps if s.fingerprint == fingerprint]
+        own = [_beneath(s, rates, label) for s in steps if s.fingerprint == fingerprint]
         rows += own
         data.append(
             {
@@ -89,7 +88,7 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
             }
         )
     seen = [x for one in data for x in one["x"]]
-    slopes = {"memory": memory} | ({"cache": bench.cache_rate} if bench.cache_rate else {})
+    slopes = {"memory": memory} | ({"cache": rates.cache} if rates.cache else {})
     data = _roofs(slopes, peak, seen) + data
     return Figure(
         "roofline",
@@ -102,14 +101,13 @@ def roofline(benches: Sequence[Bench], subjects: Subjects) -> Figure | None:
     )
 
 
-def _beneath(step: Timed, bench: Bench, memory: float, label: str) -> dict[str, Any]:
+def _beneath(step: Timed, rates: Rates, label: str) -> dict[str, Any]:
     """What was timed, beneath the roof that its rows and its memory give it."""
-    assert step.time and step.flops and step.num_bytes
-    intensity, speed = step.flops / step.num_bytes, step.flops / step.time * 1e3
-    rate = step.num_bytes / step.time * 1e3
-    from_cache = step.reads_from == "cache" and bench.cache_rate is not None
-    bandwidth = (bench.cache_rate if from_cache else memory) or memory
-    roof = min(bandwidth * intensity, peak_of(bench.flop_rates(), step.num_rows))
+    assert step.flops and step.num_bytes
+    intensity, speed = step.flops / step.num_bytes, step.flops / step.ms_median * 1e3
+    rate = step.num_bytes / step.ms_median * 1e3
+    bandwidth = (rates.cache if step.reads_from == "cache" else None) or rates.memory
+    roof = min(bandwidth * intensity, rates.flops_at(step.num_rows))
     return {
         "checkpoint": label,
         "timed": step.name,
@@ -120,15 +118,6 @@ def _beneath(step: Timed, bench: Bench, memory: float, label: str) -> dict[str, 
         "of that bandwidth": f"{rate / bandwidth:.0%}",
         "of its roof": f"{speed / roof:.0%}",
     }
-
-
-def peak_of(peaks: Mapping[int, float], num_rows: int) -> float:
-    """FLOPs per second of products of so many rows: as of the most that were tried and are no more.
-
-    Of fewer rows than any that were tried: as of the fewest.
-    """
-    tried = [rows for rows in peaks if rows <= num_rows]
-    return peaks[max(tried) if tried else min(peaks)]
 
 
 def _roofs(slopes: Mapping[str, float], peak: float, seen: Sequence[float]) -> list[Spec]:
@@ -193,7 +182,6 @@ def weights(benches: Sequence[Bench], subjects: Subjects) -> Table | None:
                 row[name] = None if value is None else words(value)
             row["seconds to load"] = one.load_seconds
             for speed in speeds:
-                at = "" if speed.length is None else f", length {speed.length}"
-                row[f"prefill tokens/s{at}"] = speed.tokens_per_second
+                row[f"prefill tokens/s, length {speed.length}"] = speed.tokens_per_second
             rows.append(row)
     return Table.of("What each checkpoint costs", rows) if rows else None

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from smelt.bench import file as bench_file
+from smelt.bench.file import Bench
 from smelt.errors import CheckpointError, RecipeError, SmeltError
 from smelt.evaluate import results
 from smelt.evaluate.item_files import Answers, load_answers
 from smelt.evaluate.results import Result
-from smelt.report.bench import Bench, is_bench, read_bench
 from smelt.report.runs import (
     Run,
     Statistics,
@@ -126,8 +127,8 @@ def _read(path: Path) -> tuple[str, Any]:
         return "answers", load_answers(path)
     if "results" in value:
         return "results", results.load(path)
-    if is_bench(value):
-        return "benches", read_bench(path, value)
+    if bench_file.is_bench(value):
+        return "benches", bench_file.load(path)
     if "stable_rank" in value:
         return "ranks", Named(path.stem, path, value)
     if {"form", "method", "layers"} <= value.keys():
