@@ -24,7 +24,8 @@ def test_a_budget_in_percent_is_told_how_to_say_it(good, command):
     words = (*command, good, *(["out"] if command == ("compress",) else []))
     refused(smelt(*words, "--experts", "50%"), "--experts 50%", "--keep 0.5")
     for share in ("--keep", "--size"):
-        refused(smelt(*words, share, "50%"), f"{share} 50%", "like 0.5")
+        for said in ("50%", "50", "nan"):
+            refused(smelt(*words, share, said), f"{share} {said}", "like 0.5")
 
 
 def test_two_budgets_or_none(good, text):

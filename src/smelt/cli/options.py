@@ -1,5 +1,6 @@
 """Options that several commands have, and how they become a recipe."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -63,10 +64,10 @@ def share(option: str) -> dict[str, Any]:
     """For `typer.Option`: a number between 0 and 1 that people say in other ways too (50%)."""
 
     def parsed(text: str) -> float:
-        try:
-            return float(text)
-        except ValueError:
-            raise RecipeError(f"{option} {text}: not a share between 0 and 1, like 0.5.") from None
+        with contextlib.suppress(ValueError):
+            if 0 < (value := float(text)) <= 1:
+                return value
+        raise RecipeError(f"{option} {text}: not a share between 0 and 1, like 0.5.")
 
     return {"parser": parsed, "metavar": "<float>"}
 
