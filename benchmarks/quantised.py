@@ -25,7 +25,7 @@ from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.pipeline import read_text
 from smelt.evaluate.gguf_loss import measure_file, open_files
-from smelt.evaluate.matched_bytes import Point, front, merge_or_quantise
+from smelt.evaluate.matched_bytes import Point, best_by_bytes, merge_or_quantise
 from smelt.evaluate.perplexity import measure
 from smelt.evaluate.sequences import PerSequence
 from smelt.export.gguf_file import GgufFile
@@ -149,7 +149,7 @@ def kept_loss(file: GgufFile, text: str, batches: list[Any], num_bytes: int) -> 
 
 def table(points: list[Point]) -> Iterator[tuple[object, ...]]:
     """A row per file, the smallest first; perplexities as multiples of the original's."""
-    first, best = points[0], front(points)
+    first, best = points[0], best_by_bytes(points)
     for point in sorted(points, key=lambda p: p.num_bytes):
         mean, error = point.difference(first)
         ratios = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smelt.evaluate.matched_bytes import Point, at_bytes, front, merge_or_quantise
+from smelt.evaluate.matched_bytes import Point, at_bytes, best_by_bytes, merge_or_quantise
 from smelt.evaluate.sequences import PerSequence
 
 NOISE = torch.tensor([0.01, -0.01, 0.02, -0.02], dtype=torch.float64)
@@ -22,13 +22,13 @@ ORIGINAL = point("original", 1000, 3.0)
 def test_the_front_is_what_nothing_as_small_is_better_than():
     q4, q8 = point("q4", 300, 3.1), point("q8", 500, 3.01)
     bad, small = point("bad", 600, 3.2, merged=True), point("small", 100, 3.5, merged=True)
-    found = front([ORIGINAL, q4, q8, bad, small])
+    found = best_by_bytes([ORIGINAL, q4, q8, bad, small])
     assert [p.name for p in found] == ["small", "q4", "q8", "original"]
 
 
 def test_of_equal_bytes_only_the_best_is_on_the_front():
     one, two = point("one", 500, 3.2), point("two", 500, 3.1)
-    assert [p.name for p in front([ORIGINAL, one, two])] == ["two", "original"]
+    assert [p.name for p in best_by_bytes([ORIGINAL, one, two])] == ["two", "original"]
 
 
 def test_at_equal_bytes_the_rival_lies_between_its_neighbours():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from smelt.bench.file import Bench
 from smelt.bench.records import DecodeStep
 from smelt.errors import RecipeError
-from smelt.report.costs import Point, beaten_by, check_machines, front
+from smelt.report.costs import Point, beaten_by, best_by_cost, check_machines
 
 _VALUES = st.tuples(st.integers(0, 6), st.integers(0, 6))
 
@@ -33,7 +33,7 @@ def is_beaten(one: Point, others: list[Point], *, lower: bool) -> bool:
 @given(st.lists(_VALUES, max_size=9), st.booleans())
 def test_the_front_is_what_nothing_beats(pairs: list[tuple[int, int]], lower: bool) -> None:
     found = points(pairs)
-    kept = front(found, is_lower_better=lower)
+    kept = best_by_cost(found, is_lower_better=lower)
     assert kept == [one for one in found if not is_beaten(one, found, lower=lower)]
 
 
@@ -42,7 +42,7 @@ def test_what_is_beaten_names_one_on_the_front_that_is_no_worse_in_both(
     pairs: list[tuple[int, int]], lower: bool
 ) -> None:
     found = points(pairs)
-    kept = front(found, is_lower_better=lower)
+    kept = best_by_cost(found, is_lower_better=lower)
     for one in found:
         other = beaten_by(one, found, is_lower_better=lower)
         assert (other is None) == (one in kept)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from smelt.evaluate.front import front
 from smelt.evaluate.sequences import PerSequence
 
 SURE = 2.0
@@ -37,17 +38,19 @@ class Point:
         return mean, math.sqrt(sum(error**2 for error in errors)) / len(gaps)
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other is as small as and better than; by bytes.
+def best_by_bytes(points: Sequence[Point]) -> list[Point]:
+    """The points that no other is as small as and better than; by bytes, of equal ones the first.
 
-    Of points with the same bytes the best, of equal ones the first.
+    Args:
+        points: what they lose is held against the first.
     """
-    best: list[Point] = []
-    first = points[0]
-    for point in sorted(points, key=lambda p: (p.num_bytes, p.nats_over(first))):
-        if not best or point.nats_over(first) < best[-1].nats_over(first):
-            best.append(point)
-    return best
+    nats = {id(point): point.nats_over(points[0]) for point in points}
+
+    def place(point: Point) -> tuple[float, float]:
+        return point.num_bytes, nats[id(point)]
+
+    found = {place(point): point for point in reversed(front(points, place))}
+    return [found[at] for at in sorted(found)]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def merge_or_quantise(points: Sequence[Point]) -> Verdict:
         points: the first is the original; unmerged and merged files.
     """
     original = points[0]
-    plain = front([p for p in points if not p.is_merged])
+    plain = best_by_bytes([p for p in points if not p.is_merged])
     least = plain[0]
     found: dict[str, list[tuple[Point, Point]]] = {"better": [], "worse": [], "level": []}
     for merged in (p for p in points if p.is_merged):
@@ -82,7 +85,7 @@ def merge_or_quantise(points: Sequence[Point]) -> Verdict:
         kind = "level" if abs(mean) <= SURE * error else "better" if mean < 0 else "worse"
         if merged.num_bytes >= least.num_bytes or kind == "better":
             found[kind].append((merged, rival))
-    smaller = [p for p in front(points) if p.is_merged and p.num_bytes < least.num_bytes]
+    smaller = [p for p in best_by_bytes(points) if p.is_merged and p.num_bytes < least.num_bytes]
     sentence = f"{_beats(found, least)} {_adds(smaller, least, original)}"
     return Verdict(
         tuple(found["better"]),

@@ -8,6 +8,7 @@ from statistics import variance
 from smelt.bench.file import Bench
 from smelt.bench.records import CheckpointCost
 from smelt.errors import RecipeError
+from smelt.evaluate.front import front
 from smelt.report.material import Material
 from smelt.report.quality import Parts, Quality
 
@@ -137,18 +138,10 @@ def points(quality: Quality, costs: Mapping[str, float]) -> list[Point]:
     return sorted(found, key=lambda one: one.cost)
 
 
-def front(found: Sequence[Point], *, is_lower_better: bool) -> list[Point]:
-    """The points that no other beats: none is as good at less cost, or better at no more.
-
-    Equal points are all on the front.
-    """
+def best_by_cost(found: Sequence[Point], *, is_lower_better: bool) -> list[Point]:
+    """The points that no other beats: none is as good at less cost, or better at no more."""
     sign = 1 if is_lower_better else -1
-
-    def beats(a: Point, b: Point) -> bool:
-        x, y = (a.cost, sign * a.value), (b.cost, sign * b.value)
-        return x != y and x[0] <= y[0] and x[1] <= y[1]
-
-    return [one for one in found if not any(beats(other, one) for other in found)]
+    return front(found, lambda one: (one.cost, sign * one.value))
 
 
 def beaten_by(one: Point, found: Sequence[Point], *, is_lower_better: bool) -> Point | None:
@@ -156,7 +149,7 @@ def beaten_by(one: Point, found: Sequence[Point], *, is_lower_better: bool) -> P
 
     By how much, and whether that is more than chance, is for the caller to say.
     """
-    on_front = front(found, is_lower_better=is_lower_better)
+    on_front = best_by_cost(found, is_lower_better=is_lower_better)
     if one in on_front:
         return None
     cheaper = [other for other in on_front if other.cost <= one.cost]

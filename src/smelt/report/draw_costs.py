@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from smelt.report.blocks import Figure, Table, count, join, rounded, size, with_error
-from smelt.report.costs import COSTS, Costs, Point, beaten_by, front, points
+from smelt.report.costs import COSTS, Costs, Point, beaten_by, best_by_cost, points
 from smelt.report.draw_plans import SYMBOLS, Spec, layout, series
 from smelt.report.names import Subjects
 from smelt.report.quality import Quality
@@ -21,7 +21,7 @@ def pareto(quality: Quality, key: str, costs: Costs, subjects: Subjects) -> Figu
     found = points(quality, costs.by_key[key])
     if len(found) < 2:
         return None
-    best = front(found, is_lower_better=quality.is_lower_better)
+    best = best_by_cost(found, is_lower_better=quality.is_lower_better)
     title = COSTS[key][0]
     if key == "decode" and costs.decode_at is not None:
         title += f" (batch {costs.decode_at[0]}, context {costs.decode_at[1]})"
