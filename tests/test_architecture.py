@@ -16,6 +16,7 @@ SOURCE = ROOT / "src" / "smelt"
 
 ORDER = (
     ("errors",),
+    ("outputs",),
     ("settings",),
     ("recipe",),
     ("plugins",),

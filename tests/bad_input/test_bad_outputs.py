@@ -44,6 +44,42 @@ def test_an_output_that_may_not_be_written(good, text):
     assert not any(closed.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compress", "SRC", "OUT", "--keep", 0.5),
+        ("calibrate", "SRC", "OUT"),
+        ("plan", "SRC", "--stats", "STATS", "--keep", 0.5, "-o", "OUT"),
+        ("evaluate", "SRC", "-o", "OUT"),
+        ("evaluate", "SRC", "--tasks", "blimp", "--items", "OUT"),
+        ("evaluate", "SRC", "--benchmarks", "sst2", "--outcomes", "OUT"),
+        ("bench", "SRC", "-o", "OUT"),
+        ("report", "PLAN", "-o", "OUT"),
+        ("report", "PLAN", "-o", "OUT", "--markdown"),
+        ("export", "SRC", "OUT.gguf"),
+        ("inspect", "SRC", "--stable-rank", "--figure", "OUT.svg"),
+        ("analyse", "SRC", "--out", "OUT"),
+        ("heal", "SRC", "--teacher", "SRC", "-o", "OUT", "--text", "TEXT", "-q"),
+        ("demo", "-o", "OUT"),
+    ],
+    ids=lambda words: " ".join(str(word) for word in words[:4]),
+)
+def test_an_output_beneath_a_file_is_refused_before_anything_is_done(
+    ground, good, text, words, monkeypatch
+):
+    def work(*_, **__):
+        raise AssertionError("it began to work")
+
+    for name in ("run_calibration", "run_plan"):
+        monkeypatch.setattr(f"smelt.compress.pipeline.{name}", work)
+    monkeypatch.setattr("smelt.checkpoint.walk.Walk.__init__", work)
+    monkeypatch.setattr("smelt.bench.run.measure", work)
+    (good.parent / "file").touch()
+    places = {"SRC": good, "TEXT": text, "STATS": ground / "stats", "PLAN": ground / "p.json"}
+    places |= {f"OUT{end}": good.parent / "file" / f"out{end}" for end in ("", ".gguf", ".svg")}
+    refused(smelt(*(places.get(word, word) for word in words)), "cannot be written", "file")
+
+
 def test_too_little_space_is_seen_before_writing(good, text, monkeypatch):
     monkeypatch.setattr(
         sink.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000)

@@ -19,7 +19,8 @@ from smelt.analyse.runs import Run, open_runs
 from smelt.analyse.summary import summarise
 from smelt.checkpoint.device import check_device
 from smelt.compress.pipeline import Stages, silent
-from smelt.errors import CheckpointError, RecipeError
+from smelt.errors import CheckpointError
+from smelt.outputs import check_new
 from smelt.samoe.backbone import SaMoEModel
 
 VERSION = 1
@@ -59,9 +60,7 @@ def analyse(
         RecipeError: `out` exists; a device that is not there.
     """
     settings = settings or AnalysisSettings()
-    place = Path(out).expanduser()
-    if place.exists():
-        raise RecipeError(f"{place}: exists. smelt overwrites nothing: name another folder.")
+    place = check_new(out, "folder")
     device = check_device(settings.device)
     runs = open_runs(folders)
     found = []

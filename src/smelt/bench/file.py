@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from smelt.bench.records import CheckpointCost, DecodeStep, PrefillRun, Timed
 from smelt.bench.roofline import Rates
 from smelt.errors import SmeltError
+from smelt.outputs import write_text
 
 VERSION = 2
 """Of the file; version 1 had decode steps alone."""
@@ -82,14 +83,7 @@ class Bench:
 
 def save(found: Bench, path: Path) -> None:
     """Write a run as JSON; a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(found.to_dict(), indent=1, ensure_ascii=False)
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise SmeltError(f"{path}: the results cannot be written there ({error}).") from None
+    write_text(path, json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def load(path: str | Path) -> Bench:

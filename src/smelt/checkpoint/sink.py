@@ -7,7 +7,6 @@ only once everything in it does.
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from smelt.checkpoint.families import COUNT_FIELDS, MTP_FIELDS
 from smelt.checkpoint.shards import INDEX, SINGLE, read_header, write_shard
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import CheckpointError
+from smelt.outputs import check_writable
 
 JOURNAL = "journal.json"
 SUMS = "smelt/sha256.json"
@@ -38,8 +38,8 @@ class Sink:
         num_bytes: tensor bytes to be written, checked against the space there is.
 
     Raises:
-        CheckpointError: the destination exists, lies inside the source, cannot be written, or
-            there is too little space.
+        CheckpointError: the destination exists or lies inside the source; too little space.
+        RecipeError: it cannot be written.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Sink:
 
 
 def check_destination(destination: str | Path, source: Path) -> Path:
-    """The destination as an absolute path, or CheckpointError if it cannot be one."""
+    """The destination as an absolute path, or a SmeltError if it cannot be one."""
     path = Path(destination).expanduser().resolve()
     if path == source or source in path.parents:
         raise CheckpointError(
@@ -188,9 +188,7 @@ def check_destination(destination: str | Path, source: Path) -> Path:
         raise CheckpointError(
             f"{destination}: exists. smelt overwrites nothing: choose another output or remove it."
         )
-    parent = next(p for p in path.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"{parent}: cannot be written to. Choose another output folder.")
+    check_writable(path, "output folder")
     return path
 
 

@@ -9,6 +9,7 @@ import typer
 from smelt.cli import options
 from smelt.cli.screen import Screen
 from smelt.errors import RecipeError
+from smelt.outputs import check_new
 
 if TYPE_CHECKING:
     from smelt.bench.file import Bench
@@ -72,8 +73,8 @@ def bench(
     batches = _numbers("--batch", batch)
     contexts = None if context is None else _numbers("--context", context)
     lengths = None if length is None else _numbers("--length", length)
-    if output is not None and output.exists():
-        raise RecipeError(f"{output}: exists. smelt overwrites nothing: name another file.")
+    if output is not None:
+        check_new(output)
     from transformers import logging
 
     logging.disable_progress_bar()  # transformers' own bars: ours say enough

@@ -9,6 +9,7 @@ from smelt.cli import options
 from smelt.cli.compressed import report_made
 from smelt.cli.screen import Screen, keeping
 from smelt.errors import RecipeError
+from smelt.outputs import check_new
 
 Experts = Annotated[
     int | None, typer.Option("--experts", help="Experts kept per layer.", **options.COUNT)
@@ -248,8 +249,8 @@ def plan(
     from smelt.cli.planning import candidates, plan_all, report
 
     screen = Screen(as_json=as_json, quiet=quiet)
-    if output is not None and output.exists():
-        raise RecipeError(f"{output}: exists. smelt overwrites nothing: name another place.")
+    if output is not None:
+        check_new(output, "place")
     common = {
         "source": source,
         "output": "-",  # a plan is for any destination

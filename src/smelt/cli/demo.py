@@ -11,6 +11,7 @@ import typer
 from smelt.cli import options
 from smelt.cli.screen import Screen, clock, disk_bytes, size
 from smelt.errors import CheckpointError
+from smelt.outputs import check_new
 
 if TYPE_CHECKING:
     from smelt.evaluate.evaluation import Evaluation
@@ -33,7 +34,7 @@ TEXTS = {"code": "python:held-out:code", "prose": "python:held-out:prose"}
 
 def demo(
     output: Annotated[
-        Path | None, typer.Option("--output", help="Keep the checkpoints in this new folder.")
+        Path | None, typer.Option("--output", "-o", help="Keep the checkpoints in this new folder.")
     ] = None,
     source: Annotated[
         str | None, typer.Option("--source", help="Another checkpoint than the embedded one.")
@@ -79,9 +80,7 @@ def _folder(output: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="smelt-demo-") as name:
             yield Path(name)
         return
-    if output.exists():
-        raise CheckpointError(f"{output}: exists. smelt overwrites nothing: name another folder.")
-    output.mkdir(parents=True)
+    check_new(output, "folder").mkdir(parents=True)
     yield output
 
 

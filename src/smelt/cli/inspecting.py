@@ -9,6 +9,7 @@ import typer
 from smelt.cli import options
 from smelt.cli.screen import Screen, counts, number, size
 from smelt.errors import RecipeError
+from smelt.outputs import check_new
 
 if TYPE_CHECKING:
     from smelt.checkpoint.describe import Description
@@ -81,8 +82,7 @@ def _check_ranks(beside: str | None, figure: Path | None, *, is_asked: bool) -> 
         return
     if figure.suffix not in (".svg", ".png", ".pdf"):
         raise RecipeError(f"{figure}: a figure is .svg, .png or .pdf.")
-    if figure.exists():
-        raise RecipeError(f"{figure}: exists. smelt overwrites nothing: name another file.")
+    check_new(figure)
     if find_spec("matplotlib") is None:
         raise RecipeError(
             "--figure needs matplotlib, which is not installed: pip install 'smelt[report]'."

@@ -8,6 +8,7 @@ import typer
 from smelt.cli import measured, options
 from smelt.cli.screen import Screen
 from smelt.errors import RecipeError
+from smelt.outputs import check_new
 
 
 def evaluate(
@@ -142,8 +143,8 @@ def evaluate(
     from smelt.evaluate.text2text import save_outcomes
 
     for path in (output, outcomes, items):
-        if path is not None and path.exists():
-            raise RecipeError(f"{path}: exists. smelt overwrites nothing: name another file.")
+        if path is not None:
+            check_new(path)
     if part not in ("report", "choose"):
         raise RecipeError(f"--part {part}: say report or choose.")
     if items is not None and tasks is None:

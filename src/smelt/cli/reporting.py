@@ -8,6 +8,7 @@ import typer
 from smelt.cli import options
 from smelt.cli.screen import Screen, size
 from smelt.errors import RecipeError
+from smelt.outputs import check_new, write_text
 
 _Files = list[Path] | None
 
@@ -82,12 +83,12 @@ def _page(
 def _markdown(
     paths: list[Path], scores: list[Path], costs: list[Path], output: Path | None, screen: Screen
 ) -> None:
-    from smelt.report.make import check_output, make_markdown, write
+    from smelt.report.make import make_markdown
 
-    place = None if output is None else check_output(output)
+    place = None if output is None else check_new(output)
     table = make_markdown(paths, results=scores, bench=costs)
     if place is not None:
-        write(place, table)
+        write_text(place, table)
     screen.result({"markdown": table, "file": place}, table.rstrip() if place is None else "")
 
 

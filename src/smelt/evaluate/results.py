@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smelt.errors import SmeltError
+from smelt.outputs import write_text
 
 VERSION = 1
 """Of the file."""
@@ -135,15 +136,7 @@ def save(results: Sequence[Result], path: str | Path) -> None:
 
 def write(value: Any, path: str | Path, *, indent: int | None = 1) -> None:
     """Write measurements as JSON, at once or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(value, indent=indent, ensure_ascii=False)
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise SmeltError(f"{path}: the results cannot be written there ({error}).") from None
+    write_text(Path(path), json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def digest(entries: Any) -> str:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import Progress
-from smelt.errors import CheckpointError, SmeltError
+from smelt.errors import CheckpointError
 from smelt.evaluate.results import Result, Setting, record
+from smelt.outputs import write_text
 from smelt.text.spans import IGNORED
 from smelt.text2text.baselines import trivial
 from smelt.text2text.encode import Encoded, Encoder
@@ -277,17 +278,10 @@ def _generate(model: PreTrainedModel, encoder: Encoder, batch: Sequence[Encoded]
 
 def save_outcomes(benchmarks: dict[str, list[Benchmark]], path: str | Path) -> None:
     """Write every answer and every value as JSON: by checkpoint, then by task."""
-    path = Path(path)
     value = {
         "version": VERSION,
         "checkpoints": {
             name: {one.task: one.outcomes() for one in found} for name, found in benchmarks.items()
         },
     }
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise SmeltError(f"{path}: the outcomes cannot be written there ({error}).") from None
+    write_text(Path(path), json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -21,6 +21,7 @@ from smelt.export.engine import library
 from smelt.export.tensors import Part, list_parts
 from smelt.export.tokens import Vocabulary, read_vocabulary
 from smelt.export.types import Scheme, bytes_of, encode, find_scheme, type_of
+from smelt.outputs import check_new
 
 Progress = Callable[[str, int, int], None]
 
@@ -98,8 +99,7 @@ def _scheme(checkpoint: Checkpoint, path: Path, quantise: str | None, dtype: str
     """The types of the file, settings checked."""
     if path.suffix != ".gguf":
         raise RecipeError(f"{path}: a GGUF file is named OUT.gguf.")
-    if path.exists():
-        raise RecipeError(f"{path}: exists. smelt overwrites nothing: name another file.")
+    check_new(path)
     if quantise is not None and dtype is not None:
         raise RecipeError("--quantise and --dtype both say what the weights become: give one.")
     if dtype is not None and dtype not in DTYPES:

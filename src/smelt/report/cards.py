@@ -12,8 +12,8 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from smelt.checkpoint.card import BEGIN, END, card
 from smelt.errors import CheckpointError, RecipeError
 from smelt.evaluate.results import markdown
+from smelt.outputs import write_text
 from smelt.report.blocks import with_error
-from smelt.report.make import write
 from smelt.report.material import read_material
 from smelt.report.quality import Measure, measures, short
 from smelt.report.runs import Run
@@ -48,7 +48,7 @@ def fill_cards(paths: Sequence[str | Path], result_files: Sequence[str | Path]) 
     found = measures(material.results)
     made = [_filled(run, found) for run in material.runs]
     for filled, text in made:
-        write(filled.path, text)
+        write_text(filled.path, text)
     return [filled for filled, _ in made]
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from smelt.errors import RecipeError, SmeltError
+from smelt.errors import RecipeError
 from smelt.evaluate.results import markdown
+from smelt.outputs import check_new, write_text
 from smelt.report.blocks import join, slug
 from smelt.report.draw_plans import plan_data
 from smelt.report.material import Material, read_material
@@ -39,7 +40,7 @@ def make_report(
         SmeltError: something that cannot be read, or numbers that do not belong together; then
             nothing is written.
     """
-    place = check_output(output)
+    place = check_new(output)
     plotly_bundle()  # missing: found before anything is read
     material = read_material(paths, result_files=results, bench_files=bench)
     facts = read_facts(material)
@@ -47,7 +48,7 @@ def make_report(
     plans = {slug(run.name): plan_data(run) for run in material.runs if run.plan is not None}
     named = title or title_of(material)
     text = render(found, plans, title=named, subtitle=subtitle(facts))
-    write(place, text)
+    write_text(place, text)
     missing = [s for s in found if s.name == "missing"]
     lacks = [str(row[0]) for s in missing for b in s.blocks for row in getattr(b, "rows", ())]
     titles = tuple(s.title for s in found if s.name != "missing")
@@ -69,26 +70,6 @@ def make_markdown(
             "a bench file (`smelt bench … -o`)."
         )
     return markdown(rows)
-
-
-def check_output(output: str | Path) -> Path:
-    """Where the page is to be; what is there already is not overwritten."""
-    place = Path(output).expanduser()
-    if place.exists():
-        raise RecipeError(f"{place}: exists. smelt overwrites nothing: name another file.")
-    return place
-
-
-def write(place: Path, text: str) -> None:
-    """Write a text; a reader never sees half of it."""
-    part = place.with_name(place.name + ".part")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(place)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise SmeltError(f"{place}: the report cannot be written there ({error}).") from None
 
 
 def title_of(material: Material) -> str:

@@ -15,6 +15,7 @@ from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
 from smelt.compress.calibrate import Progress
 from smelt.errors import RecipeError
+from smelt.outputs import check_writable
 from smelt.settings import expand_environment
 from smelt.train.batches import ExampleRows, Rows
 from smelt.train.cache import cache_folder
@@ -75,6 +76,7 @@ def heal(
     output = Path(expand_environment(recipe.output)).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Name another folder, or remove this one.")
+    check_writable(output, "folder")
     student, teacher = (_opened(one, recipe) for one in (recipe.student, recipe.teacher))
     check_pair(student, teacher)
     dtype = saved_type(student, recipe.dtype)

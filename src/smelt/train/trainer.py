@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, set_seed
 from smelt import processes
 from smelt.checkpoint.source import Checkpoint
 from smelt.errors import RecipeError
+from smelt.outputs import check_writable
 from smelt.settings import expand_environment
 from smelt.train import distributed
 from smelt.train.build import build_model
@@ -82,6 +83,7 @@ def _train_one(recipe: TrainRecipe, on_step: OnStep | None) -> dict[str, Any]:
     output = Path(expand_environment(recipe.output)).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output}: exists already. Name another folder, or remove this one.")
+    check_writable(output, "folder")
     if recipe.start is not None:
         Checkpoint.open(expand_environment(recipe.start))  # else its tokenizer is what is missed
     tokenizer = processes.in_turn(
