@@ -40,7 +40,8 @@ else:
     labels = [0, 1, 0, 0, 1, 1, 0, 0] if name.endswith("other") else [0, 1, 0, 1, 0, 0, 1, 1]
     made["plan"] = {"layer": {"operator": "merge", "dominants": [0, 1], "labels": labels}}
     hits = 5 + rules.get("hits", {}).get(name.split("/")[-1], 0)
-    metric = {"value": hits / 10, "standard_error": 0.1, "n": 10, "unit": "items"}
+    error = rules.get("error", 0.1)
+    metric = {"value": hits / 10, "standard_error": error, "n": 10, "unit": "items"}
     metric["without_a_model"] = {"majority of training": 0.5}
     made["metrics"] = {"accuracy": metric}
     made["items"], made["sha256"] = "items", "0"

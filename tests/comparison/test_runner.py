@@ -230,6 +230,20 @@ def test_a_full_model_that_has_not_learnt_its_task_is_said_to_be_none(make, work
     assert "**full stands +0 standard errors from" in report(results(study, "main"))
 
 
+@pytest.mark.parametrize(("hits", "is_passed"), [(-5, False), (0, False), (5, True)])
+def test_a_full_model_that_answers_all_alike_is_held_against_rules_too(
+    make, worker, hits, is_passed
+):
+    worker(hits={"full": hits}, error=0.0)
+    study = make()
+    run_comparison(study, only="main")
+    found = results(study, "main")
+    assert found["tables"][0]["gate"]["is_passed"] is is_passed
+    above = f"{hits / 10:+.4f}".replace("-", "−")
+    assert f"full stands {above}, of no known standard error, from" in report(found)
+    assert ("has not learnt" not in report(found)) is is_passed
+
+
 def test_three_standard_errors_above_what_needs_no_model_are_enough(make, worker):
     worker(hits={"full": 3})  # 0.8 ± 0.1, and the majority is 0.5
     study = make()

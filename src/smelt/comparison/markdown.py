@@ -52,9 +52,13 @@ def _gate(table: Mapping[str, Any]) -> list[str]:
     gate = table["gate"]
     if gate is None:
         return []
-    above = _signed(round(gate["standard_errors"], 1)).rstrip("0").rstrip(".")
+    errors = gate["standard_errors"]
+    if errors is None:
+        above = f"{_signed(gate['above'])}, of no known standard error,"
+    else:
+        above = f"{_signed(round(errors, 1)).rstrip('0').rstrip('.')} standard errors"
     said = (
-        f"full stands {above} standard errors from the best rule without a model "
+        f"full stands {above} from the best rule without a model "
         f"({gate['metric']}: {gate['rule']}, {_fixed(gate['level'])})."
     )
     if gate["is_passed"]:

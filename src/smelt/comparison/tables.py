@@ -81,23 +81,26 @@ def _table(
 def _gate(full: Row) -> dict[str, Any] | None:
     """How far the full model stands above the best rule without a model, by its first metric.
 
-    In standard errors over items (of the mean over seeds; all seeds answer the same items). None:
-    no full model, or no rule, or no standard error.
+    In standard errors over items (of the mean over seeds; all seeds answer the same items); None of
+    them where there is none, as of a model that answers everything alike. None: no full model, or
+    no rule.
     """
     if full.variant != FULL:
         return None
     metric, one = next(iter(full.found[min(full.found)]["metrics"].items()))
     rules, error = one["without_a_model"], one["standard_error"]
-    if not rules or not error:
+    if not rules:
         return None
     rule = max(rules, key=lambda name: float(rules[name]))
     mean = summary(list(full.metric(metric).values())).mean
+    above = mean - rules[rule]
     return {
         "metric": metric,
         "rule": rule,
         "level": rules[rule],
-        "standard_errors": (mean - rules[rule]) / error,
-        "is_passed": mean - rules[rule] >= LEAST_ERRORS * error,
+        "above": above,
+        "standard_errors": above / error if error else None,
+        "is_passed": above > 0 and above >= LEAST_ERRORS * (error or 0),
     }
 
 
