@@ -58,7 +58,7 @@ class Bench:
     @property
     def doubts(self) -> list[str]:
         """Why the machine was not quiet; none: it was, or that was not told."""
-        return [] if self.quiet.get("is_quiet", True) else list(self.quiet["reasons"])
+        return [] if self.quiet.get("is_quiet", True) else list(self.quiet.get("reasons", ()))
 
     @property
     def remarks(self) -> list[str]:
