@@ -213,12 +213,31 @@ def test_what_was_made_from_another_full_model_is_made_again(make, worker, tmp_p
     assert run_comparison(there, jobs=1, records=records).done == []
 
 
-def test_a_comparison_of_which_all_is_recorded_makes_no_weights(make, worker, tmp_path):
+START = {"task": {"name": "sst2"}, "start": "base", "steps": 9}
+
+
+@pytest.mark.parametrize("start", [None, START])
+def test_a_comparison_of_which_all_is_recorded_makes_no_weights(make, worker, tmp_path, start):
     records = Records(tmp_path / "records.jsonl")
-    run_comparison(make(), jobs=1, records=records)
+    if start is not None:
+        make(start=start, tasks__sst2__before={"task": {"name": "sst2"}, "steps": 3})
+    ran = run_comparison(make(), jobs=1, records=records).done
+    assert ran[:2] == (["start", "sst2/before"] if start else ALL[:2])
     there = make(output=str(tmp_path / "there"))
     before = len(worker())
     assert run_comparison(there, records=records).done == [] and len(worker()) == before
+    assert {row["state"] for row in listing(there)} == {"done"}
+
+
+def test_a_start_is_made_for_those_alone_that_begin_with_it(make, worker, tmp_path):
+    records = Records(tmp_path / "records.jsonl")
+    make(start=START)
+    run_comparison(make(), jobs=1, records=records)
+    there = make(output=str(tmp_path / "there"), variants__added={"base": "m-smoe", "heal": None})
+    there = make(parts__added={"variants": ["added"], "tasks": ["sst2"], "seeds": [0]})
+    assert next(row["state"] for row in listing(there) if row["job"] == "start") == "not begun"
+    ran = run_comparison(there, jobs=1, records=records)
+    assert ran.done == ["start", "sst2/seed-0/full", "sst2/seed-0/added"]
 
 
 def test_a_full_model_that_has_not_learnt_its_task_is_said_to_be_none(make, worker):

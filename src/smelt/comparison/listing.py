@@ -10,20 +10,26 @@ from smelt.comparison.works import START
 
 
 def listing(study: ComparisonRecipe, only: str | None = None) -> list[dict[str, Any]]:
-    """The start, trials and cells in the order of running, as rows of a table."""
+    """The start, trials and cells in the order of running, as rows of a table.
+
+    The start, and what comes before a ground's full models, only if it is done or needed.
+    """
     progress = Progress(study, only)
     states, rows = progress.states(), []
     states |= dict.fromkeys(states.keys() & progress.lacking(), "again: its weights are gone")
     begin = progress.works.beginning()
-    if begin is not None:
+    unmade = [cell for cell in progress.asked if states.get(cell.full.id) != "done"]
+    if begin is not None and (unmade or progress.is_done(START)):
         rows.append(_row(START, begin, _state(progress, START)))
     begun: set[str] = set()
     tried: set[str] = set()
     for cell in progress.asked:
         before = progress.works.before(cell.task)
         if before is not None and before[0] not in begun:
-            rows.append(_row(*before, _state(progress, before[0])))
-            begun.add(before[0])
+            is_needed = any(one.task == cell.task for one in unmade)
+            if is_needed or progress.is_done(before[0]):
+                rows.append(_row(*before, _state(progress, before[0])))
+                begun.add(before[0])
         if cell.variant != FULL and cell.task not in tried:
             tried.add(cell.task)
             rows += _trials(progress, cell.task)

@@ -111,18 +111,19 @@ class Progress:
     def ready(self) -> list[Job]:
         """Jobs whose ground is laid and which are not done, in the order of running.
 
-        The start; then cell by cell: what comes before the full model, it, the search its ground
-        needs, the variants.
+        The start, if a model is to be made from it; then cell by cell: what comes before the full
+        model, it, the search its ground needs, the variants.
         """
-        begin = self.works.beginning()
-        if begin is not None and not self.is_done(START):
-            return [Job(START, begin)]
         found: dict[str, Job] = {}
         known: dict[str, Rates] = {}
         for cell in self.asked:
             for job in self._of_cell(cell, known):
                 found.setdefault(job.id, job)
-        return list(found.values())
+        jobs, begin = list(found.values()), self.works.beginning()
+        others = [job for job in jobs if job.work.kind not in ("start", "full")]
+        if begin is None or self.is_done(START) or len(others) == len(jobs):
+            return jobs
+        return [Job(START, begin), *others]
 
     def _of_cell(self, cell: Cell, known: dict[str, Rates]) -> list[Job]:
         if self.is_done(cell.id):
