@@ -89,10 +89,6 @@ def write_measurements(folder: Path, num_layers: int) -> None:
     """Drawn scores, layer errors and decode times of the original and three others."""
     import random
 
-    from smelt.bench import file as bench_file
-    from smelt.bench.file import Bench
-    from smelt.bench.records import CheckpointCost, DecodeStep
-    from smelt.bench.roofline import Rates
     from smelt.evaluate.results import Result
     from smelt.evaluate.results import save as save_results
 
@@ -131,6 +127,16 @@ def write_measurements(folder: Path, num_layers: int) -> None:
         for i in range(num_layers)
     ]
     save_results(found, folder / "results.json")
+    write_bench(folder, names)
+
+
+def write_bench(folder: Path, names: dict[str, str]) -> None:
+    """Costs and decode times of checkpoints, by name and fingerprint."""
+    from smelt.bench import file as bench_file
+    from smelt.bench.file import Bench
+    from smelt.bench.records import CheckpointCost, DecodeStep
+    from smelt.bench.roofline import Rates
+
     sizes = dict(zip(names, (61e9, 33e9, 32e9, 18e9), strict=True))
     costs = [
         CheckpointCost(

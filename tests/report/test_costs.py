@@ -52,11 +52,21 @@ def test_what_is_beaten_names_one_on_the_front_that_is_no_worse_in_both(
 
 
 def test_decode_times_of_two_machines_are_not_held_against_each_other() -> None:
-    how = {"batch": 1, "context": 0, "steps": 1, "dtype": "float32", "device": "cpu", "turns": 1}
-    times = {"ms": 1.0, "ms_median": 1.0, "processor_ms": 1.0}
-
     def bench(processor: str, threads: int = 1) -> Bench:
-        step = DecodeStep(checkpoint="a", fingerprint="f", threads=threads, **how, **times)  # type: ignore[arg-type]
+        step = DecodeStep(
+            checkpoint="a",
+            fingerprint="f",
+            batch=1,
+            context=0,
+            steps=1,
+            dtype="float32",
+            device="cpu",
+            threads=threads,
+            turns=1,
+            ms=1.0,
+            ms_median=1.0,
+            processor_ms=1.0,
+        )
         return Bench({"processor": processor}, None, None, {}, decode=[step])
 
     check_machines([bench("one"), bench("one")])

@@ -105,7 +105,7 @@ def test_what_is_no_record_is_named_with_its_line(make, worker, tmp_path):
 @pytest.mark.parametrize("where", ["", "file/records.jsonl", "file/more/records.jsonl"])
 def test_what_cannot_be_written_is_refused_before_anything_runs(make, worker, tmp_path, where):
     (tmp_path / "file").touch()
-    with pytest.raises(RecipeError, match="no records can be written there"):
+    with pytest.raises(RecipeError, match=r"can(not)? be written"):
         run_study(make(), records=Records(tmp_path / where))
     assert worker() == []
 

@@ -33,9 +33,7 @@ class Rates:
     """The best that was measured of a machine, at one dtype."""
 
     memory: NonNegativeFloat = 0.0  # bytes per second, out of a buffer far larger than the cache
-    cache: PositiveFloat | None = (
-        None  # bytes per second, out of the last cache; None: not measured (GPUs)
-    )
+    cache: PositiveFloat | None = None  # the same out of the last cache; None: not measured (GPUs)
     flops: _ByRows = field(default_factory=dict)  # per second, by rows of input
     copy: float | None = None  # bytes per second, read and written, of a copy in memory
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from smelt.errors import RecipeError
+from smelt.outputs import check_writable
 from smelt.study.store import Store
 
 KINDS = ("json", "outcomes.json")
@@ -42,16 +43,12 @@ class Records:
         Raises:
             RecipeError: a file that cannot be written, or made where it is to be.
         """
-        place = self.path.absolute()
-        if not place.exists():
-            place = next(one for one in place.parents if one.exists())
-            is_fine = place.is_dir()
-        else:
-            is_fine = place.is_file()
-        if not (is_fine and os.access(place, os.W_OK)):
+        if not self.path.exists():
+            check_writable(self.path)
+        elif not (self.path.is_file() and os.access(self.path, os.W_OK)):
             raise RecipeError(
-                f"{self.path}: no records can be written there ({place}). Name a file that can be "
-                "written, such as a.jsonl."
+                f"{self.path}: no records can be written there. Name a file that can be written, "
+                "such as a.jsonl."
             )
 
     def keep(self, store: Store, name: str) -> None:
