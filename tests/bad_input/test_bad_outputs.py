@@ -70,10 +70,16 @@ def test_an_output_beneath_a_file_is_refused_before_anything_is_done(
     def work(*_, **__):
         raise AssertionError("it began to work")
 
-    for name in ("run_calibration", "run_plan"):
-        monkeypatch.setattr(f"smelt.compress.pipeline.{name}", work)
-    monkeypatch.setattr("smelt.checkpoint.walk.Walk.__init__", work)
-    monkeypatch.setattr("smelt.bench.run.measure", work)
+    for name in (
+        "compress.pipeline.run_calibration",
+        "compress.pipeline.run_plan",
+        "checkpoint.walk.Walk.__init__",
+        "api.evaluate",
+        "api.measuring.run_bench",
+        "report.make.read_material",
+        "export.gguf_file.list_parts",
+    ):
+        monkeypatch.setattr(f"smelt.{name}", work)
     (good.parent / "file").touch()
     places = {"SRC": good, "TEXT": text, "STATS": ground / "stats", "PLAN": ground / "p.json"}
     places |= {f"OUT{end}": good.parent / "file" / f"out{end}" for end in ("", ".gguf", ".svg")}
