@@ -3,12 +3,15 @@
 import copy
 import json
 import math
+import subprocess
 
 import pytest
+import yaml
 
 from commands import make_source, smelt
 from smelt import api
 from smelt.errors import RecipeError
+from smelt.operators.runner import WORK, Progress
 from smelt.operators.settings import OperatorsRecipe, asked
 from smelt.settings import check_recipe, dump_recipe
 
@@ -157,6 +160,46 @@ def test_a_finished_cell_of_other_settings_is_refused(study, values, tmp_path):
     refused = smelt("study", tmp_path / "changed.yaml")
     assert refused.code == 2
     assert "protect" in refused.err
+
+
+def test_cells_of_another_checkpoint_are_not_mixed_with_the_models(study, values, tmp_path):
+    made, path, records, _ = study
+    make_source(tmp_path / "other", seed=1)
+    before = records.read_bytes()
+    for words in (["--records", records], ["--table", "--records", records], ["--dry-run"]):
+        new = [*words, "--set", f"models.tiny={tmp_path / 'other'}"]
+        if "--dry-run" not in words:
+            new += ["--set", f"output={tmp_path / 'out'}"]
+        refused = smelt("study", path, *new)
+        assert refused.code == 2
+        assert "another checkpoint" in refused.err and "other" in refused.err
+    assert records.read_bytes() == before
+    assert not list(tmp_path.glob("out/cells/**/*.stats"))
+
+
+def test_a_job_refuses_a_model_trained_anew(study, tmp_path):
+    made, _, _, _ = study
+    (group,) = {one.group.id for one in asked(made) if one.group.seed == 1}
+    written = yaml.safe_load(Progress(made).store.beside(group, "yaml").read_text())
+    for fingerprint, code in ((written["fingerprint"], 0), ("0" * 64, 2)):
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump({**written, "fingerprint": fingerprint}))
+        with subprocess.Popen(
+            [*WORK, str(tmp_path / "job.yaml")], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as job:  # it ends with its standard input
+            assert job.wait(120) == code
+            assert job.stderr is not None
+            assert (b"another checkpoint" in job.stderr.read()) == bool(code)
+
+
+def test_a_table_is_of_one_checkpoint_for_each_model(study, tmp_path):
+    _, path, records, _ = study
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines[-1]["files"]["json"]["original"]["fingerprint"] = "0" * 64
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    new = ["--set", f"output={tmp_path / 'out'}", "--records", tmp_path / "two.jsonl"]
+    refused = smelt("study", path, "--table", *new)
+    assert refused.code == 2
+    assert "two checkpoints" in refused.err
 
 
 @pytest.mark.parametrize(

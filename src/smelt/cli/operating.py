@@ -25,7 +25,7 @@ def operate(
     records: "Records | None" = None,
 ) -> None:
     """Run what is not done, then show the tables; or one of the two; or list the cells."""
-    from smelt.operators.runner import Progress, check_settings, run_operators
+    from smelt.operators.runner import Progress, check_done, run_operators
     from smelt.operators.settings import asked
     from smelt.operators.tables import report, results
 
@@ -33,8 +33,9 @@ def operate(
     wanted = asked(read, only)
     if records is not None and (dry_run or table):
         records.restore(progress.store)
+    if dry_run or table:
+        check_done(progress, wanted)
     if dry_run:
-        check_settings(progress, wanted)
         _list(screen, progress)
         return
     failed: dict[str, str] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from smelt.errors import RecipeError
 from smelt.operators.settings import Asked, OperatorsRecipe, asked
-from smelt.operators.work import Work
+from smelt.operators.work import Work, check_same
 from smelt.settings import dump_recipe, expand_environment, find_recipe, load_recipe
 from smelt.study.records import Records
 from smelt.study.runner import WORK as TRAIN
@@ -70,6 +70,15 @@ class Progress:
             or any(task not in row.get("tasks", {}) for task in tasks)
         ]
 
+    def measured_on(self, name: str) -> dict[str, Path]:
+        """Fingerprints of the checkpoints that a model's cells are of, each with a file."""
+        found: dict[str, Path] = {}
+        for one in asked(self.study):
+            path = self.store.beside(one.group.id, "json")
+            if one.group.model == name and (cells := read(path)):
+                found.setdefault(cells["original"]["fingerprint"], path)
+        return found
+
     def _next(self, one: Asked) -> Job:
         """What a group waits for: its model, its statistics, or nothing but itself."""
         group, store = one.group, self.store
@@ -91,6 +100,7 @@ class Progress:
             "stats": str(stats),
             "result": str(self.store.beside(group.id, "json")),
             "calibration": calibration,
+            "fingerprint": next(iter(self.measured_on(group.model)), None),
         }
         if kind == "statistics":
             return Work(**shared)
@@ -137,7 +147,8 @@ def run_operators(
 
     Raises:
         RecipeError: no such part, a variant that cannot be, a model's folder without a checkpoint,
-            a finished cell that had other settings, a study that another process is running.
+            a finished cell that had other settings or is of another checkpoint, a study that
+            another process is running.
     """
     progress = Progress(study, only)
     wanted = asked(study, only)
@@ -150,7 +161,7 @@ def run_operators(
         if records is not None:
             records.check_writable()
             records.restore(progress.store)
-        check_settings(progress, wanted)
+        check_done(progress, wanted)
         if records is not None:
             records.complete(progress.store, [one.group.id for one in wanted])
         dump_recipe(study, progress.store.folder / "operators.yaml")
@@ -176,25 +187,51 @@ def cell_name(variant: str, fit: str) -> str:
     return f"{variant}, {fit}"
 
 
-def check_settings(progress: Progress, wanted: list[Asked]) -> None:
-    """A finished cell with other settings than the recipe's is a RecipeError."""
+def check_done(progress: Progress, wanted: list[Asked]) -> None:
+    """What is done must be what the recipe asks for.
+
+    Raises:
+        RecipeError: a finished cell with other settings, or of another checkpoint than its model's
+            others or the folder of its model.
+    """
+    for name in dict.fromkeys(one.group.model for one in wanted):
+        _check_origin(progress, name)
     for one in wanted:
-        rows = (read(progress.store.beside(one.group.id, "json")) or {}).get("rows", {})
-        for cell in one.cells:
-            before = rows.get(cell_name(*cell), {}).get("recipe")
-            if before is None:
-                continue
-            now = progress.study.compression(one.group, *cell).model_dump(
-                mode="json", exclude={"source", "output"}
-            )
-            was, new = flat(before), flat(now)
-            for key in sorted(was.keys() & new.keys()):
-                if was[key] != new[key]:
-                    raise RecipeError(
-                        f"{progress.store.beside(one.group.id, 'json')}: {cell_name(*cell)} was "
-                        f"made with {key} = {was[key]!r}, the recipe says {new[key]!r}. Restore "
-                        "the setting, or remove that file, or name another output."
-                    )
+        _check_settings(progress, one)
+
+
+def _check_origin(progress: Progress, name: str) -> None:
+    from smelt.checkpoint.source import Checkpoint
+
+    measured, folder = progress.measured_on(name), progress.model(name)
+    if len(measured) > 1:
+        first, second, *_ = measured.values()
+        raise RecipeError(
+            f"models.{name}: {first} and {second} hold cells of two checkpoints. Remove the files "
+            "of one, or name another output."
+        )
+    if measured and (folder / "config.json").is_file():
+        check_same(Checkpoint.open(folder), next(iter(measured)))
+
+
+def _check_settings(progress: Progress, one: Asked) -> None:
+    path = progress.store.beside(one.group.id, "json")
+    rows = (read(path) or {}).get("rows", {})
+    for cell in one.cells:
+        before = rows.get(cell_name(*cell), {}).get("recipe")
+        if before is None:
+            continue
+        now = progress.study.compression(one.group, *cell).model_dump(
+            mode="json", exclude={"source", "output"}
+        )
+        was, new = flat(before), flat(now)
+        for key in sorted(was.keys() & new.keys()):
+            if was[key] != new[key]:
+                raise RecipeError(
+                    f"{path}: {cell_name(*cell)} was made with {key} = {was[key]!r}, the recipe "
+                    f"says {new[key]!r}. Restore the setting, or remove that file, or name another "
+                    "output."
+                )
 
 
 def _check_models(progress: Progress, wanted: list[Asked]) -> None:

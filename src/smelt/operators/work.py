@@ -8,13 +8,17 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from smelt.errors import RecipeError
 from smelt.operators.settings import Texts
 from smelt.recipe import CalibrationRecipe, CompressRecipe
 from smelt.settings import Settings
+
+if TYPE_CHECKING:
+    from smelt.checkpoint.source import Checkpoint
 
 
 class Work(Settings):
@@ -25,6 +29,7 @@ class Work(Settings):
     stats: str
     result: str
     calibration: CalibrationRecipe
+    fingerprint: str | None = None  # of the checkpoint that the model's finished cells are of
     held_out: dict[str, Texts] = Field(default={})
     cells: dict[str, CompressRecipe] = Field(default={})  # by variant and fit: "reap, none"
     tasks: dict[str, tuple[str, ...]] = Field(default={})
@@ -38,10 +43,23 @@ def main(words: list[str]) -> int:
     return guarded(lambda: _do(Path(words[0])))
 
 
+def check_same(model: "Checkpoint", fingerprint: str) -> None:
+    """A checkpoint other than the one that finished cells are of is a RecipeError."""
+    if model.fingerprint != fingerprint:
+        raise RecipeError(
+            f"{model.folder}: the finished cells are of another checkpoint (fingerprint "
+            f"{fingerprint[:12]}…, here {model.fingerprint[:12]}…), and a table would mix the two. "
+            "Name the folder of that one, or another output and no records."
+        )
+
+
 def _do(path: Path) -> None:
+    from smelt.checkpoint.source import Checkpoint
     from smelt.settings import load_recipe
 
     work = load_recipe(path, Work)
+    if work.fingerprint is not None:
+        check_same(Checkpoint.open(work.model), work.fingerprint)
     if work.kind == "statistics":
         _statistics(work)
     else:
