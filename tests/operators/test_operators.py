@@ -162,8 +162,8 @@ def test_a_finished_cell_of_other_settings_is_refused(study, values, tmp_path):
     assert "protect" in refused.err
 
 
-def test_cells_of_another_checkpoint_are_not_mixed_with_the_models(study, values, tmp_path):
-    made, path, records, _ = study
+def test_cells_of_another_checkpoint_are_not_mixed_with_the_models(study, tmp_path):
+    _, path, records, _ = study
     make_source(tmp_path / "other", seed=1)
     before = records.read_bytes()
     for words in (["--records", records], ["--table", "--records", records], ["--dry-run"]):

@@ -1,10 +1,6 @@
 """Laws of training: what is learnt, what is saved, what is refused before the first batch."""
 
-import hashlib
 import json
-import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,9 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smelt.errors import CalibrationError, RecipeError
 from smelt.settings import check_recipe, dump_recipe, load_recipe
-from smelt.text import make_blocks, parse_source, tokenize
-from smelt.train import losses, measure, step
-from smelt.train.data import train_tokenizer
+from smelt.text import parse_source, tokenize
+from smelt.train import measure, step
 from smelt.train.trainer import TrainRecipe, train
 
 MODELS = {
@@ -169,69 +164,6 @@ def test_progress_is_told_step_by_step(values):
     train(recipe, on_step=lambda *step: told.append(step))
     assert [step[:2] for step in told] == [(1, 3), (2, 3), (3, 3)]
     assert all(0 < step[2] < 20 for step in told)
-
-
-# --- the tokenizer -------------------------------------------------------------------------------
-
-
-def test_a_fitted_tokenizer_gives_every_text_back(text, tmp_path):
-    tokenizer = train_tokenizer([parse_source(str(text / "train.txt"))], vocab_size=300)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for sample in ("one two three.\n", "  def f(x):\n\treturn '𝄞 ä'\n", "\0\x7f"):
-        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
-        assert loaded(sample)["input_ids"] == tokenizer(sample)["input_ids"]
-    assert loaded.eos_token == "<|endoftext|>"
-    assert len(tokenizer) <= 300
-
-
-def test_a_tokenizer_is_fitted_the_same_in_another_process(text):
-    code = (
-        "import sys, hashlib; from smelt.text import parse_source;"
-        "from smelt.train.data import train_tokenizer;"
-        "t = train_tokenizer([parse_source(sys.argv[1])], vocab_size=320);"
-        "sys.stdout.write(hashlib.sha256(t.backend_tokenizer.to_str().encode()).hexdigest())"
-    )
-    command = [sys.executable, "-c", code, str(text / "train.txt")]
-    there = subprocess.run(command, capture_output=True, check=True, text=True).stdout
-    here = train_tokenizer([parse_source(str(text / "train.txt"))], vocab_size=320)
-    assert there == hashlib.sha256(here.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-# --- losses --------------------------------------------------------------------------------------
-
-
-def test_load_balance_is_one_when_even_and_the_number_of_experts_when_not():
-    even = torch.eye(8).repeat(4, 1) * 100
-    one = torch.zeros(32, 8)
-    one[:, 3] = 100
-    assert float(losses.load_balance([even], 1)) == pytest.approx(1)
-    assert float(losses.load_balance([one], 1)) == pytest.approx(8)
-
-
-def test_uneven_layers_do_not_make_up_for_each_other():
-    first, second = torch.zeros(32, 2), torch.zeros(32, 2)
-    first[:, 0], second[:, 1] = 100, 100
-    assert float(losses.load_balance([first, second], 1)) == pytest.approx(2)
-
-
-def test_entropy_is_one_for_even_load_and_zero_for_one_expert():
-    assert losses.routing_entropy(torch.tensor([5, 5, 5, 5])) == pytest.approx(1)
-    assert losses.routing_entropy(torch.tensor([0, 9, 0, 0])) == pytest.approx(0)
-    assert losses.routing_entropy(torch.tensor([5, 5, 0, 0])) == pytest.approx(0.5)
-
-
-def test_unigram_nats_are_those_counted_by_hand():
-    nats = losses.unigram_nats(torch.tensor([2, 1, 0]), torch.tensor([0, 2]))
-    assert nats == pytest.approx(-(math.log(3 / 6) + math.log(1 / 6)) / 2)
-
-
-def test_padding_and_the_last_position_predict_nothing():
-    blocks = make_blocks(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.ones(2, 3).bool(), 6)
-    labels = blocks.input_ids.clone()
-    labels[1, 2] = -100
-    assert losses.targets(labels, is_causal=True).tolist() == [[6, 7, -100], [9, -100, -100]]
-    assert torch.equal(losses.targets(labels, is_causal=False), labels)
 
 
 # --- recipes -------------------------------------------------------------------------------------
