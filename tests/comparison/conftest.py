@@ -109,6 +109,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
     from smelt.comparison import runner
 
     (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setenv("SMELT_DATA", str(tmp_path))  # the stand-in reads no task files
     monkeypatch.setattr(runner, "WORK", (sys.executable, "-I", "-S", str(tmp_path / "worker.py")))
 
     def told(**rules: Any) -> list[str]:

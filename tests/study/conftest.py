@@ -1,5 +1,6 @@
 """A study of two variants, and a stand-in for training that takes no time."""
 
+import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -121,6 +122,12 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
 
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(runner, "WORK", (sys.executable, "-I", "-S", str(tmp_path / "worker.py")))
+    monkeypatch.setenv("SMELT_DATA", str(tmp_path / "data"))
+    (tmp_path / "data" / "blimp").mkdir(parents=True)
+    pair = {"UID": "a", "field": "b", "linguistics_term": "c", "pairID": "0"}
+    pair |= {"sentence_good": "It is.", "sentence_bad": "It are."}
+    with gzip.open(tmp_path / "data" / "blimp" / "test.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(pair) + "\n")
     inside = {"ar-moe": {"0.002": 5.0, "0.004": 4.0, "0.008": 5.0}}
     inside["samoe"] = {"0.002": 5.0, "0.004": 4.5, "0.008": 4.8}
 

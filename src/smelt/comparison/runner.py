@@ -7,6 +7,7 @@ from smelt.comparison.settings import ComparisonRecipe
 from smelt.comparison.works import START
 from smelt.errors import RecipeError
 from smelt.settings import dump_recipe
+from smelt.study.inputs import check_inputs
 from smelt.study.records import Records, forget
 from smelt.study.runner import OnJob, Ran, carry_out
 from smelt.study.store import flat, read
@@ -61,6 +62,7 @@ def run_comparison(
     Raises:
         RecipeError: no such part, settings of a cell that cannot be, a finished cell that had other
             settings, a comparison that another process is running.
+        SmeltError: text or tasks that are not there.
     """
     check_part(study, only)
     progress = Progress(study, only)
@@ -70,6 +72,7 @@ def run_comparison(
             records.check_writable()
             records.restore(progress.store)
         check_settings(progress)
+        check_inputs(progress.left())
         _forget_lacking(progress)
         if records is not None:
             names = [cell.id for cell in progress.every] + [name for name, _ in progress.trials()]

@@ -9,7 +9,8 @@ from typing import Any
 from smelt.errors import RecipeError
 from smelt.operators.settings import Asked, OperatorsRecipe, asked
 from smelt.operators.work import Work, check_same
-from smelt.settings import dump_recipe, expand_environment, find_recipe, load_recipe
+from smelt.settings import Settings, dump_recipe, expand_environment, find_recipe, load_recipe
+from smelt.study.inputs import check_inputs
 from smelt.study.records import Records
 from smelt.study.runner import WORK as TRAIN
 from smelt.study.runner import OnJob, Ran, carry_out
@@ -70,6 +71,13 @@ class Progress:
             or any(task not in row.get("tasks", {}) for task in tasks)
         ]
 
+    def left(self) -> list[Settings]:
+        """The recipes of what is not done: models to be trained, then the cells."""
+        lacking = [one for one in asked(self.study, self.only) if self.lacking(one)]
+        names = dict.fromkeys(one.group.model for one in lacking)
+        models = [self._training(name) for name in names if self._is_to_be_trained(name)]
+        return [*models, *(self._work(one, "cells", Path()) for one in lacking)]
+
     def measured_on(self, name: str) -> dict[str, Path]:
         """Fingerprints of the checkpoints that a model's cells are of, each with a file."""
         found: dict[str, Path] = {}
@@ -82,8 +90,7 @@ class Progress:
     def _next(self, one: Asked) -> Job:
         """What a group waits for: its model, its statistics, or nothing but itself."""
         group, store = one.group, self.store
-        folder = self.model(group.model)
-        if _is_recipe(self.study.models[group.model]) and not (folder / "config.json").is_file():
+        if self._is_to_be_trained(group.model):
             return Job(f"models/{group.model}", lambda: self._train(group.model))
         stats = store.run(group.statistics + ".stats")
         if not (stats / "stats.json").is_file():
@@ -118,12 +125,18 @@ class Progress:
         dump_recipe(work, path)
         return [*WORK, str(path)]
 
-    def _train(self, name: str) -> list[str]:
+    def _is_to_be_trained(self, name: str) -> bool:
+        given = self.study.models[name]
+        return _is_recipe(given) and not (self.model(name) / "config.json").is_file()
+
+    def _training(self, name: str) -> TrainRecipe:
         recipe = load_recipe(find_recipe(self.study.models[name], "train"), TrainRecipe)
-        recipe = recipe.model_copy(update={"output": str(self.model(name))})
+        return recipe.model_copy(update={"output": str(self.model(name))})
+
+    def _train(self, name: str) -> list[str]:
         path = self.store.beside(f"models/{name}", "yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
-        dump_recipe(recipe, path)
+        dump_recipe(self._training(name), path)
         return [*TRAIN, "train", str(path)]
 
 
@@ -149,6 +162,7 @@ def run_operators(
         RecipeError: no such part, a variant that cannot be, a model's folder without a checkpoint,
             a finished cell that had other settings or is of another checkpoint, a study that
             another process is running.
+        SmeltError: text or tasks that are not there.
     """
     progress = Progress(study, only)
     wanted = asked(study, only)
@@ -162,6 +176,7 @@ def run_operators(
             records.check_writable()
             records.restore(progress.store)
         check_done(progress, wanted)
+        check_inputs(progress.left())
         if records is not None:
             records.complete(progress.store, [one.group.id for one in wanted])
         dump_recipe(study, progress.store.folder / "operators.yaml")

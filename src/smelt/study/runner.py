@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,11 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from smelt.errors import RecipeError
+from smelt.errors import RecipeError, SmeltError
 from smelt.settings import dump_recipe
 from smelt.study.cells import cells, searches
+from smelt.study.inputs import check_inputs
 from smelt.study.records import Records, forget
-from smelt.study.schedule import Job, finished, gone, rates, ready
+from smelt.study.schedule import Job, finished, gone, left, rates, ready
 from smelt.study.settings import OWN, StudyRecipe
 from smelt.study.store import Store, slim
 
@@ -84,6 +86,7 @@ def run_study(
     Raises:
         RecipeError: no such part, a finished cell that had other settings, a study that another
             process is running.
+        SmeltError: text or tasks that are not there.
     """
     check_part(study, only)
     store = Store(study.output)
@@ -93,6 +96,7 @@ def run_study(
             records.check_writable()
             records.restore(store)
         check_settings(study, store)
+        check_inputs(left(study, store, only))
         for name in gone(study, store, only):
             forget(store, name)
         if records is not None:
@@ -144,12 +148,10 @@ def carry_out(
     Raises:
         RecipeError: another process is running in the folder.
     """
-    store.folder.mkdir(parents=True, exist_ok=True)
     ran = Ran()
     tried: set[str] = set()
     pool: list[_Running[JobT]] = []
-    with _alone(store) as lock:
-        begin()
+    with _begun(store, begin) as lock:
         try:
             while True:
                 for job in next_jobs() if len(pool) < jobs else ():
@@ -164,6 +166,24 @@ def carry_out(
                     _settle(one, store, ran, settle, on_job)
         finally:
             _stop(pool)
+
+
+@contextlib.contextmanager
+def _begun(store: Store, begin: Callable[[], None]) -> Iterator[int]:
+    """Within: the folder is ours, and `begin` has been called; what it refuses leaves no folder."""
+    made = [one for one in (store.folder, *store.folder.parents) if not one.exists()]
+    store.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(store) as lock:
+        try:
+            begin()
+        except SmeltError:
+            if made:
+                shutil.rmtree(store.folder)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):  # another process has put something there
+                    folder.rmdir()
+            raise
+        yield lock
 
 
 def check_part(study: StudyRecipe, only: str | None) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from smelt.settings import Settings
 from smelt.study.cells import Cell, cells, searches
 from smelt.study.rates import best, extended
 from smelt.study.settings import OWN, Evaluation, StudyRecipe
@@ -125,6 +126,18 @@ def finished(study: StudyRecipe, store: Store) -> Iterator[str]:
         evaluation = evaluation_of(study, cell.part)
         if store.is_trained(cell.id) and not store.lacking(cell.id, evaluation):
             yield cell.id
+
+
+def left(study: StudyRecipe, store: Store, only: str | None = None) -> Iterator[Settings]:
+    """The recipes of what is not done: trials that lack, cells and what is asked of them."""
+    for job in ready(study, store, only):
+        yield job.recipe
+    for cell in cells(study, only):
+        evaluation = evaluation_of(study, cell.part)
+        if not store.is_trained(cell.id) or _is_gone(study, store, cell):
+            yield cell.recipe
+        if store.lacking(cell.id, evaluation):
+            yield evaluation
 
 
 def gone(study: StudyRecipe, store: Store, only: str | None = None) -> list[str]:

@@ -127,6 +127,19 @@ def draw_documents(
         yield from _read(shelf, place - int(ends[at]) + shelf.num_pieces, generator, source)
 
 
+def check_source(source: TextSource) -> None:
+    """Look whether a source is there, as far as can be told without reading it.
+
+    Raises:
+        CalibrationError: files that are not there, a folder without text.
+        RecipeError: an environment variable that is not set.
+    """
+    if source.kind == "dataset":
+        expand_environment(source.location)
+    elif source.kind != "python":
+        _paths(source)
+
+
 def _read(
     shelf: Shelf, index: int, generator: torch.Generator | None, source: TextSource
 ) -> Iterator[Document]:
