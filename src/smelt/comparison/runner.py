@@ -67,43 +67,48 @@ def run_comparison(
     check_part(study, only)
     progress = Progress(study, only)
 
-    def begin() -> None:
-        if records is not None:
-            records.check_writable()
-            records.restore(progress.store)
-        check_settings(progress)
-        check_inputs(progress.left())
-        _forget_lacking(progress)
-        if records is not None:
-            names = [cell.id for cell in progress.every] + [name for name, _ in progress.trials()]
-            records.complete(progress.store, filter(progress.is_done, names))
-        dump_recipe(study, progress.store.folder / "comparison.yaml")
-        progress.tidy()
-
-    def words(job: Job) -> list[str]:
-        path = progress.store.beside(job.id, "yaml")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        dump_recipe(job.work, path)
-        return [*WORK, str(path)]
-
-    def settle(job: Job) -> None:
-        if job.work.kind == "full":
-            for name in progress.made_of_another(job.id):
-                forget(progress.store, name)
-        progress.tidy()
-        if records is not None and job.work.kind != "start":
-            records.keep(progress.store, job.id)
-
     return carry_out(
         progress.store,
         progress.ready,
-        words,
-        settle,
-        begin=begin,
+        lambda job: _words(progress, job),
+        lambda job: _settle(progress, job, records),
+        begin=lambda: _begin(progress, records),
         jobs=jobs,
         threads=threads,
         on_job=on_job,
     )
+
+
+def _begin(progress: Progress, records: Records | None) -> None:
+    if records is not None:
+        records.check_writable()
+        records.restore(progress.store)
+    check_settings(progress)
+    check_inputs(progress.left())
+    _forget_lacking(progress)
+    if records is not None:
+        names = [cell.id for cell in progress.every] + [name for name, _ in progress.trials()]
+        records.complete(progress.store, filter(progress.is_done, names))
+    dump_recipe(progress.study, progress.store.folder / "comparison.yaml")
+    progress.tidy()
+
+
+def _words(progress: Progress, job: Job) -> list[str]:
+    """The command of a job; writes the file that it reads."""
+    path = progress.store.beside(job.id, "yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dump_recipe(job.work, path)
+    return [*WORK, str(path)]
+
+
+def _settle(progress: Progress, job: Job, records: Records | None) -> None:
+    """What is left to do when a job has succeeded."""
+    if job.work.kind == "full":
+        for name in progress.made_of_another(job.id):
+            forget(progress.store, name)
+    progress.tidy()
+    if records is not None and job.work.kind != "start":
+        records.keep(progress.store, job.id)
 
 
 def _forget_lacking(progress: Progress) -> None:

@@ -127,10 +127,9 @@ class Progress:
 
     def left(self) -> list[Work]:
         """The work of what is not done or is to be made again, what it begins with before it."""
-        again = self.lacking()
-        names = {cell.id for cell in self.asked if not self.is_done(cell.id)} | again
+        names = {cell.id for cell in self.asked if not self.is_done(cell.id)} | self.lacking()
         own = [work for name, work in self.works.every() if name in names]
-        return [job.work for job in self.ready()] + own
+        return [*(job.work for job in self.ready()), *own]
 
     def _of_cell(self, cell: Cell, known: dict[str, Rates]) -> list[Job]:
         if self.is_done(cell.id):

@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from transformers import (
 from smelt.errors import RecipeError
 from smelt.samoe.model import SaMoEForSequenceClassification
 from smelt.study.settings import Finetune
+from smelt.text2text.files import data_folder
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,7 @@ def read_items(
     Args:
         limit: the first so many items; None: all.
     """
-    named = os.environ.get("SMELT_DATA") if data is None else str(data)
-    if not named:
-        raise RecipeError("finetune: set SMELT_DATA to the folder of <task>/<split>.jsonl.gz.")
-    path = Path(named).expanduser() / name / f"{split}.jsonl.gz"
+    path = data_folder(data) / name / f"{split}.jsonl.gz"
     try:
         text = gzip.decompress(path.read_bytes())
     except OSError as error:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from smelt.recipe import CalibrationTask
 from smelt.settings import Settings
 from smelt.study.settings import Finetune
 from smelt.text.sources import TextSource, check_source, parse_source
@@ -43,7 +44,7 @@ class _Named:
     def look(self, value: Any, setting: str = "") -> None:
         if isinstance(value, TextSource):
             self.texts[value] = None
-        elif isinstance(value, (TaskSettings, Finetune)):
+        elif isinstance(value, (TaskSettings, CalibrationTask, Finetune)):
             self.has_task_files = True
         elif isinstance(value, Settings):
             for name in type(value).model_fields:
