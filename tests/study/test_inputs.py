@@ -5,6 +5,7 @@ import yaml
 
 from commands import make_source, smelt
 from smelt.errors import RecipeError
+from smelt.recipe import CalibrationRecipe
 from smelt.settings import check_recipe, dump_recipe
 from smelt.study.inputs import check_inputs
 from smelt.study.runner import run_study
@@ -90,6 +91,8 @@ def test_a_recipe_is_looked_through_to_its_tasks(values, monkeypatch):
     monkeypatch.delenv("SMELT_DATA", raising=False)
     recipe = {**values["base"], "output": "-", "learning_rate": 1e-3}
     check_inputs([check_recipe(recipe, TrainRecipe)])
+    with pytest.raises(RecipeError, match="Set SMELT_DATA"):
+        check_inputs([CalibrationRecipe(task={"name": "sst2"})])
     recipe |= {"text": None, "task": {"name": "sst2"}, "start": "-", "model": {}, "tokenizer": {}}
     with pytest.raises(RecipeError, match="Set SMELT_DATA"):
         check_inputs([check_recipe(recipe, TrainRecipe)])
