@@ -9,7 +9,7 @@ from smelt.comparison.markdown import report
 from smelt.comparison.runner import run_comparison
 from smelt.comparison.schedule import Progress
 from smelt.comparison.tables import results
-from smelt.errors import RecipeError
+from smelt.errors import CalibrationError, RecipeError
 from smelt.study.records import Records
 
 TRIALS = [
@@ -271,3 +271,15 @@ def test_three_standard_errors_above_what_needs_no_model_are_enough(make, worker
     assert gate["standard_errors"] == pytest.approx(3) and gate["is_passed"]
     said = report(results(study, "main"))
     assert "\nfull stands +3 standard errors from the best rule without a model" in said
+
+
+def test_text_that_only_later_jobs_read_is_missed_before_anything_runs(make, worker, tmp_path):
+    text = {"train": ["python:train"], "choose": ["nowhere/a.txt"], "report": ["python:held-out"]}
+    study = make(
+        tasks={"prose": {"text": text}},
+        calibration={"num_tokens": 100},
+        parts={"main": {"variants": ["m-smoe"], "tasks": ["prose"], "seeds": [0]}},
+    )
+    with pytest.raises(CalibrationError, match=r"nowhere/a.txt: there is no such text"):
+        run_comparison(study)
+    assert not worker() and not (tmp_path / "compared").exists()
