@@ -137,7 +137,7 @@ def test_tasks_that_are_asked_later_are_asked_of_the_original_too(values, tmp_pa
     part = {"variants": ["reap"], "fits": ["none"], "seeds": [0]}
     given = {**values, "output": str(tmp_path / "out"), "task_limit": 3, "variants": {}, "fits": {}}
     given |= {"variants": {"reap": {"method": "reap"}}, "baselines": []}
-    for number, tasks in enumerate(([], ["copa"], ["copa", "piqa"])):
+    for number, tasks in enumerate(([], ["copa"], ["copa", "lambada"])):
         path = tmp_path / f"{number}.yaml"
         dump_recipe(recipe(given, parts={"a": {**part, "tasks": tasks}}), path)
         done = smelt("study", path, "--json")
@@ -145,6 +145,15 @@ def test_tasks_that_are_asked_later_are_asked_of_the_original_too(values, tmp_pa
         (row,) = done.json
         assert set(row["tasks"]) == set(row["original"]["tasks"]) == set(tasks)
         assert set(row["nats"]) == set(row["original"]["nats"]) == {"a", "b"}
+        for task in tasks:
+            for own, first in zip(row["tasks"][task], row["original"]["tasks"][task], strict=True):
+                less = own["difference"]
+                assert less["mean"] == pytest.approx(own["value"] - first["value"])
+                assert less["low"] <= less["mean"] <= less["high"]
+                assert less["n"] == own["n"]
+                assert first["difference"] is None
+    shown = smelt("study", path, "--table").out
+    assert f"[{less['low']:+.3f}, {less['high']:+.3f}]" in shown
 
 
 def test_a_part_names_its_cells(values):

@@ -10,6 +10,11 @@ from smelt.operators.runner import Progress, cell_name
 from smelt.operators.settings import NO_FIT, OperatorsRecipe, asked
 from smelt.study.store import read
 
+TASKS = (
+    "Tasks: seed means; of one seed the standard error and, in brackets, the 95 % interval of the "
+    "difference to the original on the same items (paired bootstrap)."
+)
+
 
 def results(study: OperatorsRecipe, only: str | None = None) -> list[dict[str, Any]]:
     """One row for each cell that is done, with the model's own figures beside its own."""
@@ -49,7 +54,7 @@ def report(study: OperatorsRecipe, rows: Sequence[dict[str, Any]], num_left: int
                     markdown(_table(study, here)),
                 ]
                 if tasks := _tasks(here):
-                    parts += ["Tasks (seed means; standard error of one seed):", markdown(tasks)]
+                    parts += [TASKS, markdown(tasks)]
     if num_left:
         parts.append(f"{num_left} cells are left.")
     return "\n\n".join(parts) + "\n"
@@ -106,7 +111,7 @@ def _tasks(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """By task and metric, the mean over rows and the standard error of the first."""
+    """By task and metric, the mean over rows, and error and paired interval of the first."""
     found: dict[str, str] = {}
     for task in _once(task for row in rows for task in row["tasks"]):
         first = next(row for row in rows if task in row["tasks"])
@@ -115,6 +120,8 @@ def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
             error = score.get("standard_error")
             shown = f"{statistics.fmean(values):.3f}"
             shown += "" if error is None else f" ± {error:.3f}"
+            if less := score.get("difference"):
+                shown += f" [{less['low']:+.3f}, {less['high']:+.3f}]"
             found[f"{score['task']} {score['metric']}"] = shown
     return found
 

@@ -19,6 +19,7 @@ from smelt.settings import Settings
 
 if TYPE_CHECKING:
     from smelt.checkpoint.source import Checkpoint
+    from smelt.evaluate.item_files import Answers
 
 
 class Work(Settings):
@@ -83,19 +84,21 @@ def do_cells(work: Work) -> None:
     result = Path(work.result)
     found: dict[str, Any] = read(result) or {"rows": {}}
     bench = _Bench(work)
+    lacking = {
+        name: tuple(t for t in tasks if t not in found["rows"].get(name, {}).get("tasks", {}))
+        for name, tasks in work.tasks.items()
+    }
     first = found.get("original", {"tasks": {}})
-    every = dict.fromkeys(task for tasks in work.tasks.values() for task in tasks)
-    more = tuple(task for task in every if task not in first["tasks"])
-    if "nats" not in first or more:
-        new = bench.measured(work.model, more, with_text="nats" not in first)
+    every = tuple(dict.fromkeys(task for tasks in lacking.values() for task in tasks))
+    if "nats" not in first or every:  # asked again with them: differences are paired by item
+        new = bench.measured(work.model, every, with_text="nats" not in first)
         found["original"] = first | new | {"tasks": {**first["tasks"], **new["tasks"]}}
         write(result, found)
     for name, recipe in work.cells.items():
-        row = found["rows"].get(name, {})
-        lacking = tuple(t for t in work.tasks.get(name, ()) if t not in row.get("tasks", {}))
-        if "nats" in row and not lacking:
+        row, tasks = found["rows"].get(name, {}), lacking.get(name, ())
+        if "nats" in row and not tasks:
             continue
-        found["rows"][name] = row | bench.cell(recipe, lacking, row)
+        found["rows"][name] = row | bench.cell(recipe, tasks, row)
         write(result, found)
 
 
@@ -114,6 +117,7 @@ class _Bench:
         self.facts = read_facts(self.source)
         self.stats = RoutingStats.load(work.stats)
         self.inputs = read_inputs(self.source, work.calibration)[0]
+        self.answers: dict[str, Answers] = {}  # by task, of the first that was asked: the original
         self.texts = {}
         for name, texts in work.held_out.items():
             blocks = read_text(self.source, CalibrationRecipe(**texts.model_dump()))
@@ -170,22 +174,30 @@ class _Bench:
         return found
 
     def _asked(self, folder: str, tasks: tuple[str, ...]) -> dict[str, Any]:
+        """By task, its scores; with each, the difference to the original's on the same items."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from smelt.evaluate.tasks import evaluate_tasks
+        from smelt.checkpoint.source import Checkpoint
+        from smelt.evaluate.item_files import answers_of
+        from smelt.evaluate.paired import compare_answers
+        from smelt.evaluate.tasks import ask_outcomes, read_items
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return {
-            task: [
-                dataclasses.asdict(score)
-                for score in evaluate_tasks(
-                    model, tokenizer, [task], limit=self.work.task_limit, batch_size=16
-                )
+        opened, found = Checkpoint.open(folder), {}
+        for task in tasks:
+            items = read_items([task], limit=self.work.task_limit)
+            outcomes = ask_outcomes(model, tokenizer, items, batch_size=16)
+            own = answers_of(opened, opened.folder.name, outcomes)
+            first = self.answers.setdefault(task, own)
+            pairs = [] if first is own else compare_answers([first, own])
+            less = {(p.task, p.metric): dataclasses.asdict(p.difference) for p in pairs}
+            found[task] = [
+                dataclasses.asdict(score) | {"difference": less.get((score.task, score.metric))}
+                for score in (outcome.score() for outcome in outcomes)
             ]
-            for task in tasks
-        }
+        return found
 
 
 def _reset_peak() -> None:
