@@ -28,7 +28,7 @@ from smelt.bench.subjects import Subject, load
 from smelt.bench.traffic import SaMoECost
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
-from smelt.compress.pipeline import read_text
+from smelt.compress.inputs import read_text
 from smelt.recipe import CalibrationRecipe
 from smelt.samoe.config import SaMoEConfig
 from smelt.samoe.model import SaMoEForCausalLM

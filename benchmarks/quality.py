@@ -27,7 +27,8 @@ from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
 from smelt.compress.facts import Facts, read_facts
-from smelt.compress.pipeline import Calibrated, read_text, run_calibration, run_plan
+from smelt.compress.inputs import read_text
+from smelt.compress.pipeline import Calibrated, run_calibration, run_plan
 from smelt.compress.plan import Plan
 from smelt.compress.walking import apply_walking
 from smelt.evaluate.perplexity import measure

@@ -23,7 +23,7 @@ from smelt import api
 from smelt.bench.gguf_decode import measure as decode
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
-from smelt.compress.pipeline import read_text
+from smelt.compress.inputs import read_text
 from smelt.evaluate.gguf_loss import measure_file, open_files
 from smelt.evaluate.matched_bytes import Point, best_by_bytes, merge_or_quantise
 from smelt.evaluate.perplexity import measure

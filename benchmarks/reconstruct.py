@@ -24,7 +24,8 @@ from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.apply import apply
 from smelt.compress.facts import read_facts
-from smelt.compress.pipeline import read_text, run_calibration, run_plan
+from smelt.compress.inputs import read_text
+from smelt.compress.pipeline import run_calibration, run_plan
 from smelt.compress.walking import apply_walking
 from smelt.evaluate.perplexity import measure
 from smelt.recipe import CalibrationRecipe, CompressRecipe

@@ -37,7 +37,8 @@ from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.align import pairs
 from smelt.compress.calibrate import calibrate
-from smelt.compress.pipeline import read_text, run_compress
+from smelt.compress.inputs import read_text
+from smelt.compress.pipeline import run_compress
 from smelt.compress.plan import Plan
 from smelt.recipe import CalibrationRecipe, CompressRecipe
 

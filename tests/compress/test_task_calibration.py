@@ -10,7 +10,8 @@ from healing_material import original
 from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import calibrate
-from smelt.compress.pipeline import read_inputs, run_calibration
+from smelt.compress.inputs import read_inputs
+from smelt.compress.pipeline import run_calibration
 from smelt.errors import CalibrationError, RecipeError
 from smelt.recipe import CalibrationRecipe
 from smelt.settings import check_recipe

@@ -10,7 +10,7 @@ from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
 from smelt.comparison.work_settings import Ask
-from smelt.compress.pipeline import read_text
+from smelt.compress.inputs import read_text
 from smelt.evaluate.perplexity import measure as measure_perplexity
 from smelt.evaluate.text2text import Asked, Benchmark, ask_benchmark, read_benchmarks
 from smelt.recipe import CalibrationRecipe

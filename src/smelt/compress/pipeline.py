@@ -9,7 +9,7 @@ from typing import Any
 
 from smelt import processes
 from smelt.checkpoint.factored import is_factored
-from smelt.checkpoint.inputs import Batch, make_batches
+from smelt.checkpoint.inputs import Batch
 from smelt.checkpoint.sink import check_destination
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.verify import verify as verify_files
@@ -21,6 +21,7 @@ from smelt.compress.check import check, needs_gradients
 from smelt.compress.decide import make_plan
 from smelt.compress.facts import Facts, bank_reader, read_facts, router_reader
 from smelt.compress.gradients import check_gradients_fit, with_gradients
+from smelt.compress.inputs import read_inputs
 from smelt.compress.measured import (
     Measurer,
     bounds,
@@ -31,11 +32,9 @@ from smelt.compress.measured import (
 from smelt.compress.methods import resolve
 from smelt.compress.plan import Plan
 from smelt.compress.reconstructor import check_runs_alone
-from smelt.compress.task_batches import task_batches
 from smelt.compress.walking import apply_walking
-from smelt.errors import CalibrationError, PlanError
+from smelt.errors import PlanError
 from smelt.recipe import CalibrationRecipe, CompressRecipe
-from smelt.text import TokenBlocks, parse_source, tokenize
 
 Stages = Callable[[str], Progress]
 """Given the name of a stage of work, where to report its progress."""
@@ -55,58 +54,6 @@ class Calibrated:
 
     stats: RoutingStats
     batches: list[Batch]
-
-
-def read_text(checkpoint: Checkpoint, recipe: CalibrationRecipe) -> TokenBlocks:
-    """The calibration text of a recipe as token blocks of this checkpoint's tokenizer.
-
-    Raises:
-        CalibrationError: text that cannot be read, token ids beyond the model's vocabulary, or a
-            recipe of a task, which is no text.
-    """
-    if recipe.task is not None:
-        raise CalibrationError(
-            f"task {recipe.task.name}: a text is read here. Leave task out, and name a text."
-        )
-    blocks = tokenize(
-        [parse_source(source) for source in recipe.text],
-        checkpoint.tokenizer,
-        num_tokens=recipe.num_tokens,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        chat_template=recipe.chat_template,
-    )
-    check_vocabulary(checkpoint, int(blocks.input_ids.max()))
-    return blocks
-
-
-def read_inputs(checkpoint: Checkpoint, recipe: CalibrationRecipe) -> tuple[list[Batch], str]:
-    """What a checkpoint is calibrated on, and its hash: a text, or the examples of a task."""
-    if recipe.task is not None:
-        batches, sha256 = task_batches(checkpoint, recipe.task, recipe.batch_size, recipe.seed)
-        ids = [tensor for batch in batches for n, tensor in batch.inputs.items() if "ids" in n]
-        check_vocabulary(checkpoint, max(int(tensor.max()) for tensor in ids))
-    else:
-        blocks = read_text(checkpoint, recipe)
-        batches = make_batches(checkpoint, blocks, recipe.batch_size, recipe.seed)
-        sha256 = blocks.sha256
-    if len(batches) < processes.num_processes():
-        raise CalibrationError(
-            f"{len(batches)} batches of calibration cannot be shared out among "
-            f"{processes.num_processes()} processes. Calibrate on more, in smaller batches "
-            "(calibration.batch_size), or start fewer."
-        )
-    return batches, sha256
-
-
-def check_vocabulary(checkpoint: Checkpoint, largest: int) -> None:
-    """A token id that the model does not have is a CalibrationError."""
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    if largest >= vocabulary:
-        raise CalibrationError(
-            f"{checkpoint.folder}: the tokenizer gives id {largest}, the model has {vocabulary} "
-            "tokens. Tokenizer and weights are of different models."
-        )
 
 
 def run_calibration(

@@ -8,7 +8,8 @@ from typing import Any
 from smelt.checkpoint.inputs import make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
-from smelt.compress.pipeline import Stages, read_text, silent
+from smelt.compress.inputs import read_text
+from smelt.compress.pipeline import Stages, silent
 from smelt.evaluate.compare import Compared, compare
 from smelt.evaluate.fidelity import Fidelity, fidelity
 from smelt.evaluate.harness_tasks import HarnessTask

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from smelt.checkpoint.source import Checkpoint
 from smelt.checkpoint.whole import load_model
 from smelt.compress.calibrate import Progress
-from smelt.compress.pipeline import Stages, read_text, silent
+from smelt.compress.inputs import read_text
+from smelt.compress.pipeline import Stages, silent
 from smelt.errors import CalibrationError, CheckpointError
 from smelt.evaluate.fidelity import compare_logits
 from smelt.evaluate.repetition import Written, figures

@@ -13,7 +13,8 @@ import torch
 from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.source import Checkpoint
 from smelt.compress.calibrate import Progress
-from smelt.compress.pipeline import Stages, read_text, silent
+from smelt.compress.inputs import read_text
+from smelt.compress.pipeline import Stages, silent
 from smelt.errors import CalibrationError, CheckpointError
 from smelt.evaluate.compare import Compared
 from smelt.evaluate.evaluation import Evaluation

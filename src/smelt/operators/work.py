@@ -110,7 +110,7 @@ class _Bench:
         from smelt.checkpoint.source import Checkpoint
         from smelt.compress.calibrate import RoutingStats
         from smelt.compress.facts import read_facts
-        from smelt.compress.pipeline import read_inputs, read_text
+        from smelt.compress.inputs import read_inputs, read_text
 
         self.work = work
         self.source = Checkpoint.open(work.model)
