@@ -12,15 +12,11 @@ machine that is busy with something else; a figure for the lab book is taken wit
 """
 
 import argparse
-import contextlib
-import importlib
 import os
 import shutil
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,6 +28,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 from _checkpoints import qwen3, write_checkpoint
+from _clock import PHASES, Clock
 from _report import machine, save, show, times
 from smelt.checkpoint.inputs import Batch, make_batches
 from smelt.checkpoint.source import Checkpoint
@@ -52,72 +49,6 @@ SHAPE = {
 QUICK_SHAPE = {**SHAPE, "hidden_size": 256, "num_attention_heads": 4, "moe_intermediate_size": 128}
 
 DTYPES = ("float32", "bfloat16")
-PHASES = {
-    "opening": [("checkpoint.source", "Checkpoint.open"), ("compress.pipeline", "read_facts")],
-    "text": [("compress.pipeline", "read_text")],
-    "statistics": [("compress.pipeline", "run_calibration")],
-    "reading": [("checkpoint.source", "Checkpoint.read"), ("checkpoint.sink", "raw")],
-    "plan": [("compress.pipeline", "run_plan")],
-    "check for NaN": [("compress.apply", "Compressor.bank")],
-    "cost matrices": [("compress.apply", "weight_cost"), ("compress.align", "_negated")],
-    "assignments": [("compress.align", "linear_sum_assignment")],
-    "merging": [("compress.apply", "merge_groups")],
-    "layout": [("compress.apply", "write_bank"), ("compress.apply", "encode")],
-    "writing": [("checkpoint.sink", "Sink.write")],
-    "finishing": [("checkpoint.sink", "Sink.finish")],
-}
-"""The functions whose time makes up each phase; time inside another phase's counts there."""
-
-
-class Clock:
-    """Seconds by phase; the time of a phase inside another counts for the inner one alone."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stack: list[str] = []
-        self._since = 0.0
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._turn()
-        self._stack.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._stack.pop()
-
-    def _turn(self) -> None:
-        now = self.now()
-        if self._stack:
-            self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
-
-    @contextlib.contextmanager
-    def watching(self, phases: dict[str, list[tuple[str, str]]]) -> Iterator[None]:
-        """Within: the named functions of smelt report to this clock."""
-        with contextlib.ExitStack() as stack:
-            for phase, functions in phases.items():
-                for module, path in functions:
-                    self._wrap(stack, phase, f"smelt.{module}", path)
-            yield
-
-    def _wrap(self, stack: contextlib.ExitStack, phase: str, module: str, path: str) -> None:
-        owner = importlib.import_module(module)
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        kept = owner.__dict__[name]
-        function = getattr(owner, name)
-
-        @wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(phase):
-                return function(*args, **kwargs)
-
-        setattr(owner, name, staticmethod(timed) if isinstance(kept, classmethod) else timed)
-        stack.callback(setattr, owner, name, kept)
 
 
 def timed(now: Callable[[], float], function: Callable[[], object]) -> float:
